@@ -1,0 +1,18 @@
+//! Annotations of layer descriptors and manifests that lazy formats use.
+//!
+//! The first group is upstream's (stargz-snapshotter, `estargz/types.go`), the second is peel's own: hints that save
+//! round trips or order the prefetch. A hint is never trusted: what it points at is verified like anything else.
+
+/// sha256 of the uncompressed TOC JSON of an eStargz (or stargz-dialect zstd:chunked) layer.
+pub const TOC_DIGEST: &str = "containerd.io/snapshot/stargz/toc.digest";
+/// Uncompressed size of an eStargz layer in bytes, decimal.
+pub const UNCOMPRESSED_SIZE: &str = "io.containers.estargz.uncompressed-size";
+
+/// peel: offset of the TOC in the layer blob in bytes, decimal. Saves the request for the footer.
+pub const TOC_OFFSET: &str = "dev.peel.toc.offset";
+/// peel: end of the prioritized range `[0, end)` of the layer blob in bytes, decimal. Lets the prefetch start together
+/// with the request for the TOC.
+pub const PREFETCH_END: &str = "dev.peel.prefetch.end";
+/// peel: on the manifest; the order in which a start reads across layers, as `layer:end` pairs joined by commas:
+/// "then layer `layer` up to blob offset `end`".
+pub const PREFETCH_ORDER: &str = "dev.peel.prefetch.order";

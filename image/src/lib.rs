@@ -1,0 +1,21 @@
+//! What an image is, without any I/O of its own: bytes come in as slices or `Read`, and go out as values or `Write`.
+//!
+//! * [`digest`]: content addresses (sha256).
+//! * [`layer`]: the format-independent model of one layer: entries, file chunks and where they lie in the blob.
+//! * [`tar`]: reading and writing tar streams; [`compression`]: telling and undoing gzip and zstd.
+//! * [`estargz`]: footers, TOC, the writer and the order of prioritized files.
+//! * [`tree`]: layers merged into one file tree (whiteouts applied).
+//! * [`profile`]: what an image touched while it started.
+//! * [`annotations`], [`media`]: names that stand in manifests.
+//!
+//! Everything in here parses bytes from strangers: no panic, no unbounded allocation; limits are constants with
+//! their reason beside them.
+
+pub mod annotations;
+pub mod digest;
+pub mod layer;
+pub mod media;
+pub mod path;
+pub mod tree;
+
+pub use digest::{Digest, Hasher};

@@ -1,0 +1,163 @@
+//! Names of entries inside an image: relative, clean, and unable to leave the tree by construction.
+//!
+//! Tar and TOC names come from strangers (`/x`, `./x`, `../x`, `a//b/../c`). Upstream cleans them as Go's
+//! `path.Clean("/" + name)` does, so `..` stops at the root; [`EntryPath::clean`] does the same and adds the limits that
+//! the kernel has anyway.
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+/// Longest name of one component in bytes (Linux `NAME_MAX`).
+pub const COMPONENT_MAX: usize = 255;
+/// Longest path in bytes (Linux `PATH_MAX` without the terminating NUL).
+pub const PATH_MAX: usize = 4095;
+
+/// A clean path relative to the root of an image: bytes, no leading or trailing `/`, no empty, `.` or `..` component,
+/// no NUL. The root itself is the empty path.
+#[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Default, Serialize, Deserialize)]
+pub struct EntryPath(Box<[u8]>);
+
+/// Why a name cannot be a path inside an image.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum PathError {
+    /// A NUL byte would end the name early in every system call.
+    #[error("name {0:?} holds a NUL byte")]
+    Nul(String),
+    /// A component is longer than [`COMPONENT_MAX`].
+    #[error("name {0:?}... has a component of more than {COMPONENT_MAX} bytes")]
+    ComponentTooLong(String),
+    /// The path is longer than [`PATH_MAX`].
+    #[error("name {0:?}... is longer than {PATH_MAX} bytes")]
+    TooLong(String),
+}
+
+impl EntryPath {
+    /// The root directory of the image.
+    pub fn root() -> Self {
+        Self::default()
+    }
+
+    /// Cleans a name as it stands in a tar header or a TOC: `..` never climbs above the root.
+    pub fn clean(name: &[u8]) -> Result<Self, PathError> {
+        let shown = || String::from_utf8_lossy(name.get(..name.len().min(80)).unwrap_or(name)).into_owned();
+        if name.contains(&0) {
+            return Err(PathError::Nul(shown()));
+        }
+        let mut clean: Vec<&[u8]> = Vec::new();
+        for component in name.split(|byte| *byte == b'/') {
+            match component {
+                b"" | b"." => {}
+                b".." => {
+                    clean.pop();
+                }
+                _ if component.len() > COMPONENT_MAX => return Err(PathError::ComponentTooLong(shown())),
+                _ => clean.push(component),
+            }
+        }
+        let path = clean.join(&b'/');
+        if path.len() > PATH_MAX {
+            return Err(PathError::TooLong(shown()));
+        }
+        Ok(Self(path.into_boxed_slice()))
+    }
+
+    /// The path's bytes; empty for the root.
+    pub fn as_bytes(&self) -> &[u8] {
+        &self.0
+    }
+
+    /// Whether this is the root directory.
+    pub fn is_root(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// The components from the root down; none for the root itself.
+    pub fn components(&self) -> impl DoubleEndedIterator<Item = &[u8]> {
+        self.0
+            .split(|byte| *byte == b'/')
+            .filter(|component| !component.is_empty())
+    }
+
+    /// The last component, `None` for the root.
+    pub fn file_name(&self) -> Option<&[u8]> {
+        self.components().next_back()
+    }
+
+    /// The directory that holds this path, `None` for the root.
+    pub fn parent(&self) -> Option<Self> {
+        if self.is_root() {
+            return None;
+        }
+        let end = self.0.iter().rposition(|byte| *byte == b'/').unwrap_or(0);
+        Some(Self(self.0.get(..end).unwrap_or_default().into()))
+    }
+
+    /// This path with one more component, which is cleaned like any other name.
+    pub fn join(&self, name: &[u8]) -> Result<Self, PathError> {
+        Self::clean(&[self.as_bytes(), b"/", name].concat())
+    }
+}
+
+impl fmt::Display for EntryPath {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "/{}", String::from_utf8_lossy(&self.0).escape_debug())
+    }
+}
+
+impl fmt::Debug for EntryPath {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_cleaned_as_upstream_does() {
+        for (name, clean) in [
+            ("", ""),
+            ("/", ""),
+            ("./", ""),
+            ("..", ""),
+            ("x", "x"),
+            ("/x", "x"),
+            ("./x", "x"),
+            ("../x", "x"),
+            ("a//b/./c/", "a/b/c"),
+            ("a/b/../../../c", "c"),
+            ("...", "..."),
+        ] {
+            assert_eq!(
+                EntryPath::clean(name.as_bytes()).unwrap().as_bytes(),
+                clean.as_bytes(),
+                "{name:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn impossible_names_are_errors() {
+        assert!(matches!(EntryPath::clean(b"a\0b"), Err(PathError::Nul(_))));
+        assert!(matches!(
+            EntryPath::clean(&[b'a'; 256]),
+            Err(PathError::ComponentTooLong(_))
+        ));
+        assert!(matches!(
+            EntryPath::clean("a/".repeat(2049).as_bytes()),
+            Err(PathError::TooLong(_))
+        ));
+    }
+
+    #[test]
+    fn parents_end_at_the_root() {
+        let path = EntryPath::clean(b"a/b").unwrap();
+        assert_eq!(path.file_name(), Some(&b"b"[..]));
+        let parent = path.parent().unwrap();
+        assert_eq!(parent.as_bytes(), b"a");
+        assert!(parent.parent().unwrap().is_root());
+        assert_eq!(EntryPath::root().parent(), None);
+    }
+}
