@@ -16,6 +16,7 @@ pub mod digest;
 pub mod layer;
 pub mod media;
 pub mod path;
+pub mod tar;
 pub mod tree;
 
 pub use digest::{Digest, Hasher};

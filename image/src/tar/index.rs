@@ -1,0 +1,141 @@
+//! Walks a whole plain layer: metadata into a [`LayerIndex`], contents into a sink.
+//! Called where a layer cannot be lazy and is pulled whole.
+
+use std::io::{self, Read};
+
+use super::{Reader, TarEntry, TarError, TarKind, TarProblem, Trailer, len64};
+use crate::digest::{Digest, Hasher};
+use crate::layer::{Entry, EntryKind, FileContent, LayerIndex};
+use crate::path::EntryPath;
+
+/// Most entries of a layer. The largest images known have some hundred thousand; ten million entries of metadata still
+/// fit into memory.
+pub const ENTRIES_MAX: u64 = 10_000_000;
+/// Most bytes of names, link targets and extended attributes of all entries of a layer together.
+pub const METADATA_MAX: u64 = 2 << 30;
+/// Bytes that are handed to the sink at once, at most.
+const PIECE: usize = 128 << 10;
+
+/// Takes the contents of a layer's regular files while they pass. Empty files are not announced to it.
+pub trait FileSink {
+    /// A file of `size` bytes begins; `size` is never 0.
+    fn begin(&mut self, path: &EntryPath, size: u64) -> io::Result<()>;
+    /// The next bytes of the file.
+    fn write(&mut self, data: &[u8]) -> io::Result<()>;
+    /// The file is complete; returns the sha256 of its content.
+    fn finish(&mut self) -> io::Result<Digest>;
+}
+
+/// A sink that only hashes.
+#[derive(Debug, Default)]
+pub struct HashSink(Hasher);
+
+impl FileSink for HashSink {
+    fn begin(&mut self, _path: &EntryPath, _size: u64) -> io::Result<()> {
+        self.0 = Hasher::new();
+        Ok(())
+    }
+
+    fn write(&mut self, data: &[u8]) -> io::Result<()> {
+        self.0.update(data);
+        Ok(())
+    }
+
+    fn finish(&mut self) -> io::Result<Digest> {
+        Ok(std::mem::take(&mut self.0).finish())
+    }
+}
+
+/// Reads an uncompressed layer to its last byte (so that a hash taken below covers all of it). Every regular file of the
+/// index has its size and digest and no chunks.
+pub fn index_tar<R: Read>(stream: R, sink: &mut dyn FileSink) -> Result<(LayerIndex, Trailer), TarError> {
+    let mut reader = Reader::new(stream);
+    let mut buffer = vec![0; PIECE];
+    let mut entries = Vec::new();
+    let mut metadata = 0_u64;
+    while let Some(tar) = reader.next_entry()? {
+        let fail = |problem| TarError::new(&tar.name, tar.offset, problem);
+        if len64_of(&entries) >= ENTRIES_MAX {
+            return Err(fail(TarProblem::TooManyEntries(ENTRIES_MAX)));
+        }
+        metadata = metadata.saturating_add(weight(&tar));
+        if metadata > METADATA_MAX {
+            return Err(fail(TarProblem::TooLarge {
+                what: "the metadata of all entries",
+                limit: METADATA_MAX,
+            }));
+        }
+        let kind = match &tar.kind {
+            TarKind::Regular { size: 0 } => EntryKind::Regular(FileContent::empty()),
+            TarKind::Regular { size } => {
+                let digest = copy(&mut reader, &tar, *size, sink, &mut buffer)?;
+                EntryKind::Regular(FileContent {
+                    size: *size,
+                    digest: Some(digest),
+                    chunks: Vec::new(),
+                })
+            }
+            TarKind::Directory => EntryKind::Directory,
+            TarKind::Symlink(target) => EntryKind::Symlink(target.clone()),
+            TarKind::Hardlink { target, .. } => EntryKind::Hardlink(target.clone()),
+            TarKind::CharDevice(device) => EntryKind::CharDevice(*device),
+            TarKind::BlockDevice(device) => EntryKind::BlockDevice(*device),
+            TarKind::Fifo => EntryKind::Fifo,
+        };
+        entries.push(Entry {
+            path: tar.path,
+            metadata: tar.metadata,
+            kind,
+        });
+    }
+    let trailer = reader.finish()?;
+    let index = LayerIndex {
+        entries,
+        prefetch_end: None,
+    };
+    Ok((index, trailer))
+}
+
+fn len64_of(entries: &[Entry]) -> u64 {
+    u64::try_from(entries.len()).unwrap_or(u64::MAX)
+}
+
+/// Bytes that an entry keeps in memory beside its fixed size.
+fn weight(entry: &TarEntry) -> u64 {
+    let link = match &entry.kind {
+        TarKind::Symlink(target) => len64(target),
+        TarKind::Hardlink { target, .. } => len64(target.as_bytes()),
+        _ => 0,
+    };
+    let xattrs = entry.metadata.xattrs.iter();
+    let xattrs: u64 = xattrs.map(|(name, value)| len64(name) + len64(value)).sum();
+    len64(entry.path.as_bytes()) + link + xattrs
+}
+
+/// Hands the current content of `reader` to the sink.
+fn copy<R: Read>(
+    reader: &mut Reader<R>,
+    entry: &TarEntry,
+    size: u64,
+    sink: &mut dyn FileSink,
+    buffer: &mut [u8],
+) -> Result<Digest, TarError> {
+    let write = |error| TarError::new(&entry.name, entry.offset, TarProblem::Write(error));
+    sink.begin(&entry.path, size).map_err(write)?;
+    loop {
+        let count = match reader.read(buffer) {
+            Ok(0) => break,
+            Ok(count) => count,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+            Err(error) => {
+                // The reader wraps its own errors to pass them through `Read`.
+                return Err(error.downcast::<TarError>().unwrap_or_else(|error| {
+                    TarError::new(&entry.name, entry.offset, TarProblem::Read(error))
+                }));
+            }
+        };
+        sink.write(buffer.get(..count).unwrap_or_default())
+            .map_err(write)?;
+    }
+    sink.finish().map_err(write)
+}
