@@ -1,0 +1,479 @@
+//! Telling and undoing gzip (RFC 1952) and zstd (RFC 8878): whole layers as streams, and single chunks from memory.
+//!
+//! Called by the whole-layer pull and the converter ([`decoder`]), the fetcher of lazy layers ([`decode_chunk`]), and the TOC
+//! reader ([`inflate_member`]). Every output has a limit that the caller chooses; nothing is allocated by what the
+//! compressed bytes merely claim.
+
+use std::fmt;
+use std::io::{self, BufRead, BufReader, Cursor, Read};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use crate::layer::Encoding;
+
+/// Bytes read ahead of a decompressor.
+const BUFFER: usize = 256 << 10;
+/// Largest window that a zstd frame may ask for, as a power of two: 128 MiB, what `zstd -d` accepts by default.
+const ZSTD_WINDOW_LOG_MAX: u32 = 27;
+/// Deflate cannot do better than 1032 to 1, so a gzip trailer that claims more is not believed.
+const DEFLATE_RATIO_MAX: u64 = 1032;
+
+/// Why compressed bytes cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum CompressionError {
+    /// The bytes are no stream of this encoding, or a damaged one.
+    #[error("damaged {encoding} data")]
+    Damaged {
+        /// What they should have been.
+        encoding: Encoding,
+        /// What the decompressor said.
+        #[source]
+        source: io::Error,
+    },
+    /// The stream ends before the wanted bytes.
+    #[error("the {encoding} data ends after {have} of {wanted} bytes")]
+    Short {
+        /// How it is compressed.
+        encoding: Encoding,
+        /// Uncompressed bytes from the stream's start that were wanted.
+        wanted: u64,
+        /// Uncompressed bytes that were there.
+        have: u64,
+    },
+    /// More uncompressed bytes than the caller allows.
+    #[error("the {encoding} data expands to more than {limit} bytes")]
+    TooLarge {
+        /// How it is compressed.
+        encoding: Encoding,
+        /// The limit in uncompressed bytes.
+        limit: u64,
+    },
+    /// A stream that expands far more than real data does.
+    #[error("the {encoding} data expands to more than {ratio} times its size")]
+    Ratio {
+        /// How it is compressed.
+        encoding: Encoding,
+        /// The limit as uncompressed bytes per compressed byte.
+        ratio: u64,
+    },
+}
+
+impl fmt::Display for Encoding {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Gzip => "gzip",
+            Self::Zstd => "zstd",
+            Self::Plain => "uncompressed",
+        })
+    }
+}
+
+/// How much a stream may expand.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Guard {
+    /// Most uncompressed bytes.
+    pub output_max: u64,
+    /// Most uncompressed bytes per compressed byte, once [`Guard::free`] is used up.
+    pub ratio_max: u64,
+    /// Uncompressed bytes for which the ratio does not matter: a file of zeros is no attack.
+    pub free: u64,
+}
+
+impl Default for Guard {
+    /// 128 GiB, which is beyond the largest images in use, and 2000 to 1 beyond the first GiB: gzip stays below by its
+    /// nature, and only zstd frames of pure repetition exceed it.
+    fn default() -> Self {
+        Self {
+            output_max: 128 << 30,
+            ratio_max: 2000,
+            free: 1 << 30,
+        }
+    }
+}
+
+/// Tells the encoding by the first bytes; four are enough. What is neither gzip nor zstd is plain.
+pub fn detect(start: &[u8]) -> Encoding {
+    match start {
+        [0x1f, 0x8b, 0x08, ..] => Encoding::Gzip,
+        [0x28, 0xb5, 0x2f, 0xfd, ..] => Encoding::Zstd,
+        // A skippable frame may come first.
+        [0x50..=0x5f, 0x2a, 0x4d, 0x18, ..] => Encoding::Zstd,
+        _ => Encoding::Plain,
+    }
+}
+
+/// Looks at the first bytes of `stream` and gives the uncompressed stream: all gzip members and all zstd frames one after
+/// the other. A stream that ends inside a member or frame fails with `UnexpectedEof`; one that breaks the guard
+/// fails with a [`CompressionError`] inside the [`io::Error`].
+pub fn decoder<R: Read + Send + 'static>(
+    stream: R,
+    guard: Guard,
+) -> io::Result<(Encoding, Box<dyn Read + Send>)> {
+    let input = Arc::new(AtomicU64::new(0));
+    let mut stream = Counted {
+        stream,
+        count: Arc::clone(&input),
+    };
+    let mut start = Vec::new();
+    stream.by_ref().take(4).read_to_end(&mut start)?;
+    let encoding = detect(&start);
+    let stream = BufReader::with_capacity(BUFFER, Cursor::new(start).chain(stream));
+    let output: Box<dyn Read + Send> = match encoding {
+        Encoding::Gzip => Box::new(flate2::bufread::MultiGzDecoder::new(stream)),
+        Encoding::Zstd => Box::new(zstd_decoder(stream)?),
+        Encoding::Plain => Box::new(stream),
+    };
+    let guarded = Guarded {
+        output,
+        written: 0,
+        input,
+        encoding,
+        guard,
+    };
+    Ok((encoding, Box::new(guarded)))
+}
+
+fn zstd_decoder<R: BufRead>(stream: R) -> io::Result<zstd::stream::read::Decoder<'static, R>> {
+    let mut decoder = zstd::stream::read::Decoder::with_buffer(stream)?;
+    decoder.window_log_max(ZSTD_WINDOW_LOG_MAX)?;
+    Ok(decoder)
+}
+
+/// Counts what passes.
+struct Counted<R> {
+    stream: R,
+    count: Arc<AtomicU64>,
+}
+
+impl<R: Read> Read for Counted<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let count = self.stream.read(buffer)?;
+        self.count.fetch_add(count as u64, Ordering::Relaxed);
+        Ok(count)
+    }
+}
+
+/// Fails once a stream expands more than allowed.
+struct Guarded {
+    output: Box<dyn Read + Send>,
+    written: u64,
+    input: Arc<AtomicU64>,
+    encoding: Encoding,
+    guard: Guard,
+}
+
+impl Read for Guarded {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let count = self.output.read(buffer)?;
+        self.written = self.written.saturating_add(count as u64);
+        let (encoding, guard) = (self.encoding, self.guard);
+        if self.written > guard.output_max {
+            let limit = guard.output_max;
+            return Err(io::Error::other(CompressionError::TooLarge { encoding, limit }));
+        }
+        let input = self.input.load(Ordering::Relaxed);
+        if self.written > guard.free && self.written / guard.ratio_max.max(1) > input {
+            let ratio = guard.ratio_max;
+            return Err(io::Error::other(CompressionError::Ratio { encoding, ratio }));
+        }
+        Ok(count)
+    }
+}
+
+/// Uncompresses the one gzip member at the start of `data` (other bytes may follow), at most `limit` bytes.
+/// `size_hint` saves memory and time where the caller knows about how long the output is.
+pub fn inflate_member(data: &[u8], size_hint: Option<u64>, limit: u64) -> Result<Vec<u8>, CompressionError> {
+    let encoding = Encoding::Gzip;
+    for size in [size_hint, gzip_trailer(data)].into_iter().flatten() {
+        if size <= limit
+            && let Some(output) = inflate_at_once(data, size)
+        {
+            return Ok(output);
+        }
+    }
+    let mut output = Vec::new();
+    let member = flate2::bufread::GzDecoder::new(data);
+    let count = member.take(limit.saturating_add(1)).read_to_end(&mut output);
+    count.map_err(|source| CompressionError::Damaged { encoding, source })?;
+    if u64::try_from(output.len()).is_ok_and(|length| length <= limit) {
+        Ok(output)
+    } else {
+        Err(CompressionError::TooLarge { encoding, limit })
+    }
+}
+
+/// The uncompressed size of the last gzip member in `data`, if its trailer is believable (RFC 1952, ISIZE).
+fn gzip_trailer(data: &[u8]) -> Option<u64> {
+    let size = u64::from(u32::from_le_bytes(*data.last_chunk()?));
+    let believable = u64::try_from(data.len()).ok()?.saturating_mul(DEFLATE_RATIO_MAX);
+    (size <= believable).then_some(size)
+}
+
+/// The first member of `data` if it uncompresses to `size` bytes or fewer.
+fn inflate_at_once(data: &[u8], size: u64) -> Option<Vec<u8>> {
+    let mut output = vec![0; usize::try_from(size).ok()?];
+    let length = libdeflater::Decompressor::new()
+        .gzip_decompress(data, &mut output)
+        .ok()?;
+    output.truncate(length);
+    Some(output)
+}
+
+/// Uncompresses one chunk: `size` bytes that begin `inner_offset` bytes into the output of the stream at the start of
+/// `compressed`. Bytes that follow the stream (the next members, frames, headers) do no harm; a chunk may go on over
+/// several members or frames. `inner_offset + size` must not exceed `limit`. The bytes are not verified here.
+pub fn decode_chunk(
+    encoding: Encoding,
+    compressed: &[u8],
+    inner_offset: u64,
+    size: u64,
+    limit: u64,
+) -> Result<Vec<u8>, CompressionError> {
+    let too_large = || CompressionError::TooLarge { encoding, limit };
+    let end = inner_offset
+        .checked_add(size)
+        .filter(|end| *end <= limit)
+        .ok_or_else(too_large)?;
+    match encoding {
+        Encoding::Gzip => {
+            // A member usually holds one chunk and the few headers after it, and its slice usually ends with it:
+            // then the trailer gives the size, and the whole member at once is the fastest way.
+            let at_once = gzip_trailer(compressed)
+                .filter(|size| (end..=limit.max(end.saturating_mul(2))).contains(size))
+                .and_then(|size| inflate_at_once(compressed, size));
+            if let Some(mut output) = at_once
+                && let Some(chunk) = usize::try_from(end).ok().filter(|end| *end <= output.len())
+            {
+                output.truncate(chunk);
+                output.drain(..chunk.min(usize::try_from(inner_offset).map_err(|_| too_large())?));
+                return Ok(output);
+            }
+            read_chunk(
+                encoding,
+                flate2::bufread::MultiGzDecoder::new(compressed),
+                inner_offset,
+                size,
+            )
+        }
+        Encoding::Zstd => {
+            let decoder =
+                zstd_decoder(compressed).map_err(|source| CompressionError::Damaged { encoding, source })?;
+            read_chunk(encoding, decoder, inner_offset, size)
+        }
+        Encoding::Plain => read_chunk(encoding, compressed, inner_offset, size),
+    }
+}
+
+/// Skips `inner_offset` bytes of `stream` and reads `size`.
+fn read_chunk(
+    encoding: Encoding,
+    mut stream: impl Read,
+    inner_offset: u64,
+    size: u64,
+) -> Result<Vec<u8>, CompressionError> {
+    let damaged = |source| CompressionError::Damaged { encoding, source };
+    let wanted = inner_offset.saturating_add(size);
+    let skipped = io::copy(&mut stream.by_ref().take(inner_offset), &mut io::sink()).map_err(damaged)?;
+    let mut output = Vec::new();
+    if skipped == inner_offset {
+        stream.take(size).read_to_end(&mut output).map_err(damaged)?;
+    }
+    let have = skipped.saturating_add(output.len() as u64);
+    if have < wanted {
+        return Err(CompressionError::Short {
+            encoding,
+            wanted,
+            have,
+        });
+    }
+    Ok(output)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write as _;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn gzip(data: &[u8]) -> Vec<u8> {
+        let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::default());
+        encoder.write_all(data).unwrap();
+        encoder.finish().unwrap()
+    }
+
+    fn zstd(data: &[u8]) -> Vec<u8> {
+        zstd::encode_all(data, 3).unwrap()
+    }
+
+    fn compress(encoding: Encoding, data: &[u8]) -> Vec<u8> {
+        match encoding {
+            Encoding::Gzip => gzip(data),
+            Encoding::Zstd => zstd(data),
+            Encoding::Plain => data.to_vec(),
+        }
+    }
+
+    fn skippable(payload: &[u8]) -> Vec<u8> {
+        let length = u32::try_from(payload.len()).unwrap().to_le_bytes();
+        [&[0x50, 0x2a, 0x4d, 0x18], &length[..], payload].concat()
+    }
+
+    fn decode(stream: Vec<u8>, guard: Guard) -> io::Result<(Encoding, Vec<u8>)> {
+        let (encoding, mut decoder) = decoder(Cursor::new(stream), guard)?;
+        let mut output = Vec::new();
+        decoder.read_to_end(&mut output)?;
+        Ok((encoding, output))
+    }
+
+    const ALL: [Encoding; 3] = [Encoding::Gzip, Encoding::Zstd, Encoding::Plain];
+
+    #[test]
+    fn streams_of_several_members_and_frames() {
+        let (a, b) = (&b"first "[..], &b"second"[..]);
+        for (stream, encoding, output) in [
+            (Vec::new(), Encoding::Plain, &b""[..]),
+            (b"abc".to_vec(), Encoding::Plain, b"abc"),
+            (
+                [gzip(a), gzip(b""), gzip(b)].concat(),
+                Encoding::Gzip,
+                b"first second",
+            ),
+            ([zstd(a), zstd(b)].concat(), Encoding::Zstd, b"first second"),
+            (
+                [
+                    skippable(b"x"),
+                    zstd(a),
+                    skippable(b""),
+                    zstd(b),
+                    skippable(&[7; 99]),
+                ]
+                .concat(),
+                Encoding::Zstd,
+                b"first second",
+            ),
+        ] {
+            assert_eq!(
+                decode(stream, Guard::default()).unwrap(),
+                (encoding, output.to_vec())
+            );
+        }
+    }
+
+    #[test]
+    fn truncated_streams_fail() {
+        for encoding in [Encoding::Gzip, Encoding::Zstd] {
+            let stream = compress(encoding, &[7; 5000]);
+            for length in 4..stream.len() {
+                let error = decode(stream[..length].to_vec(), Guard::default()).unwrap_err();
+                assert_eq!(
+                    error.kind(),
+                    io::ErrorKind::UnexpectedEof,
+                    "{encoding} {length}: {error}"
+                );
+            }
+        }
+        assert!(decode([gzip(b"x"), b"garbage".to_vec()].concat(), Guard::default()).is_err());
+    }
+
+    #[test]
+    fn bombs_are_stopped() {
+        let zeros = vec![0; 4 << 20];
+        let guard = Guard {
+            output_max: 1 << 20,
+            ratio_max: 500,
+            free: 1 << 21,
+        };
+        for encoding in ALL {
+            let error = decode(compress(encoding, &zeros), guard).unwrap_err();
+            assert!(error.to_string().contains("more than 1048576 bytes"), "{error}");
+        }
+        let guard = Guard {
+            output_max: 1 << 30,
+            ..guard
+        };
+        for encoding in [Encoding::Gzip, Encoding::Zstd] {
+            let error = decode(compress(encoding, &zeros), guard).unwrap_err();
+            assert!(error.to_string().contains("more than 500 times"), "{error}");
+        }
+        decode(zeros, guard).unwrap();
+    }
+
+    #[test]
+    fn members_are_inflated_with_and_without_a_hint() {
+        let data = vec![b'x'; 100_000];
+        let member = gzip(&data);
+        let followed = [&member[..], &gzip(b"next"), b"junk"].concat();
+        for input in [&member, &followed] {
+            for hint in [
+                None,
+                Some(0),
+                Some(99_999),
+                Some(100_000),
+                Some(200_000),
+                Some(u64::MAX),
+            ] {
+                assert_eq!(inflate_member(input, hint, 100_000).unwrap(), data, "{hint:?}");
+                let error = inflate_member(input, hint, 99_999).unwrap_err();
+                assert!(matches!(error, CompressionError::TooLarge { .. }), "{error}");
+            }
+        }
+        assert!(inflate_member(&member[..member.len() - 9], None, 1 << 20).is_err());
+        assert!(inflate_member(b"", None, 10).is_err());
+        assert_eq!(inflate_member(&gzip(b""), None, 0).unwrap(), b"");
+    }
+
+    #[test]
+    fn chunks_inside_a_stream() {
+        let data: Vec<u8> = (0..50_000_u32).flat_map(u32::to_le_bytes).collect();
+        let (head, tail) = data.split_at(60_000);
+        for encoding in ALL {
+            let one = compress(encoding, &data);
+            let two = [compress(encoding, head), compress(encoding, tail)].concat();
+            let mut followed = one.clone();
+            followed.extend_from_slice(&[0xff; 40]);
+            for stream in [&one, &two, &followed] {
+                for (offset, size) in [
+                    (0, data.len()),
+                    (0, 1),
+                    (70_000, 100),
+                    (59_000, 2000),
+                    (data.len() - 1, 1),
+                ] {
+                    let chunk = decode_chunk(encoding, stream, offset as u64, size as u64, 1 << 20).unwrap();
+                    assert!(chunk == data[offset..offset + size], "{encoding} {offset} {size}");
+                }
+            }
+            let error = decode_chunk(encoding, &one, 1, data.len() as u64, 1 << 20).unwrap_err();
+            assert!(matches!(error, CompressionError::Short { .. }), "{error}");
+            for (offset, size) in [(0, 1001), (1000, 1), (u64::MAX, 1), (1, u64::MAX)] {
+                let error = decode_chunk(encoding, &one, offset, size, 1000).unwrap_err();
+                assert!(matches!(error, CompressionError::TooLarge { .. }), "{error}");
+            }
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn any_bytes_are_an_answer_or_an_error(
+            mut data in proptest::collection::vec(any::<u8>(), 0..300),
+            encoding in prop_oneof![Just(Encoding::Gzip), Just(Encoding::Zstd)],
+            magic in any::<bool>(),
+            offset in 0..400_u64,
+            size in 0..400_u64,
+        ) {
+            if magic {
+                let valid = compress(encoding, &data);
+                for (to, from) in data.iter_mut().zip(valid).take(20) {
+                    *to = from;
+                }
+            }
+            if let Ok(chunk) = decode_chunk(encoding, &data, offset, size, 500) {
+                prop_assert_eq!(chunk.len() as u64, size);
+            }
+            let _ = inflate_member(&data, Some(size), 500).is_ok_and(|output| output.len() <= 500);
+            let _ = decode(data, Guard { output_max: 1 << 20, ..Guard::default() });
+        }
+    }
+}
