@@ -1,0 +1,25 @@
+//! The `peel` command as a library: the program in `main.rs`, the end-to-end tests and the benchmarks stand on it.
+//!
+//! * [`cli`]: what can be written on a command line; help, completions and man pages come from it.
+//! * [`commands`]: one module per command.
+//! * [`server`]: the one process per store that loads images and keeps mounts; [`client`] finds or starts it;
+//!   [`protocol`] and [`wire`] are what the two say to each other.
+//! * [`convert`]: images rewritten layer by layer.
+//! * [`layers`]: layers looked at where they are, without a store.
+//! * [`demo`]: the main job on one machine.
+
+pub mod cli;
+pub mod client;
+pub mod commands;
+pub mod convert;
+pub mod demo;
+pub mod layers;
+pub mod logging;
+pub mod mountinfo;
+pub mod mount_records;
+pub mod progress;
+pub mod protocol;
+pub mod run_config;
+pub mod server;
+pub mod sys;
+pub mod wire;

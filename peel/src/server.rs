@@ -1,0 +1,268 @@
+//! The one process per store: it loads images, serves their missing bytes and keeps mounts.
+//!
+//! `peel daemon` runs it; the first command that needs it starts that ([`crate::client`]). It ends some seconds after the
+//! last mount and the last connection are gone.
+//!
+//! Threads: the main thread waits for signals and does what is due periodically; `accept` takes connections;
+//! every connection has a thread of its own that blocks on its socket ([`connection`]), and a `load` thread while an
+//! image is loaded. Locks: only the table of mounts ([`mounts`]) and the counters here, none held across I/O.
+
+mod connection;
+mod mounts;
+mod socket;
+
+use std::fs::{DirBuilder, File};
+use std::io::Write;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use anyhow::Context;
+use peel_fs::Service;
+use peel_store::Store;
+
+pub use socket::{LOCK, RunDir, SOCKET, START_LOCK};
+
+use crate::cli::{DaemonArgs, Global};
+use crate::logging;
+use crate::protocol::{MountStatus, Status};
+use mounts::Mounts;
+use socket::Listener;
+
+/// How often the server looks for mounts that are gone.
+const SCAN_EVERY: Duration = Duration::from_secs(2);
+/// How often it looks whether it is idle.
+const TICK: Duration = Duration::from_millis(250);
+/// How long a new server waits for one that is ending to let go of the store.
+const PREDECESSOR: Duration = Duration::from_secs(10);
+/// Connections at a time; each has a thread.
+const CONNECTIONS_MAX: usize = 512;
+
+/// What a starting server prints on standard output when it accepts connections; the command that started it waits for
+/// this line, and takes anything else for the reason why there is no server.
+pub const READY: &str = "ready";
+
+/// What the threads of a server share.
+#[derive(Debug)]
+struct Server {
+    service: Service,
+    mounts: Mounts,
+    started: Instant,
+    connections: Mutex<Connections>,
+    /// Set once: no new connection is served any more.
+    ending: AtomicBool,
+}
+
+#[derive(Debug)]
+struct Connections {
+    open: usize,
+    /// When the last one went.
+    idle_since: Instant,
+}
+
+impl Server {
+    fn status(&self) -> Status {
+        Status {
+            pid: std::process::id(),
+            uptime: self.started.elapsed(),
+            connections: self.connections.lock().unwrap_or_else(PoisonError::into_inner).open,
+            mounts: self
+                .mounts
+                .records()
+                .into_iter()
+                .map(|record| MountStatus {
+                    id: record.id,
+                    image: record.image,
+                    manifest_digest: record.manifest_digest,
+                    dir: record.dir,
+                })
+                .collect(),
+            stats: self.service.stats(),
+        }
+    }
+
+    /// Counts a new connection; `None` when there are too many or the server is ending.
+    fn enter(self: &Arc<Self>) -> Option<ConnectionGuard> {
+        let mut connections = self.connections.lock().unwrap_or_else(PoisonError::into_inner);
+        if self.ending.load(Ordering::Relaxed) || connections.open >= CONNECTIONS_MAX {
+            return None;
+        }
+        connections.open += 1;
+        Some(ConnectionGuard(Arc::clone(self)))
+    }
+
+    /// Decides whether to end, and if so, serves nobody any more.
+    fn end_if_idle(&self, limit: Duration) -> bool {
+        if self.mounts.any() {
+            return false;
+        }
+        let connections = self.connections.lock().unwrap_or_else(PoisonError::into_inner);
+        let idle = connections.open == 0 && connections.idle_since.elapsed() >= limit;
+        if idle {
+            self.ending.store(true, Ordering::Relaxed);
+        }
+        idle
+    }
+}
+
+/// Counts one connection as open.
+#[derive(Debug)]
+struct ConnectionGuard(Arc<Server>);
+
+impl Drop for ConnectionGuard {
+    fn drop(&mut self) {
+        let mut connections = self.0.connections.lock().unwrap_or_else(PoisonError::into_inner);
+        connections.open = connections.open.saturating_sub(1);
+        connections.idle_since = Instant::now();
+    }
+}
+
+/// Runs `peel daemon` until it is idle or told to stop.
+pub fn run(global: &Global, args: &DaemonArgs) -> anyhow::Result<()> {
+    let root = prepare(&global.store)?;
+    if args.detached {
+        let log = root.join("run/daemon.log");
+        logging::to_file(&log, global.verbose, global.log_format)
+            .with_context(|| format!("{}: cannot be written", log.display()))?;
+        // The starter gives a new process that leads no group, so this cannot fail for the one documented reason.
+        rustix::process::setsid().context("setsid")?;
+        std::env::set_current_dir("/").context("/")?;
+    } else {
+        logging::to_stderr(global.verbose.max(1), global.log_format);
+    }
+    let result = serve(&root, args);
+    if let Err(error) = &result {
+        tracing::error!("{error:#}");
+    }
+    result
+}
+
+/// Makes the store directory and its `run` directory; returns the absolute path.
+fn prepare(store: &Path) -> anyhow::Result<PathBuf> {
+    let root = std::path::absolute(store).context("store directory")?;
+    for dir in [root.clone(), root.join("run")] {
+        DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(&dir)
+            .with_context(|| format!("{}: cannot be made", dir.display()))?;
+    }
+    Ok(root)
+}
+
+fn serve(root: &Path, args: &DaemonArgs) -> anyhow::Result<()> {
+    let run_dir = RunDir::open(root)?;
+    let lock = run_dir.lock(LOCK, PREDECESSOR).context(
+        "the store has a server already; stop that first, or use another --store",
+    )?;
+    let store = Store::open(root)?;
+    let service = Service::start(store.clone(), peel_fs::Options {
+        read_deadline: read_deadline()?,
+        ..Default::default()
+    })?;
+    let server = Arc::new(Server {
+        mounts: Mounts::new(root, service.clone())?,
+        service,
+        started: Instant::now(),
+        connections: Mutex::new(Connections {
+            open: 0,
+            idle_since: Instant::now(),
+        }),
+        ending: AtomicBool::new(false),
+    });
+    server.mounts.clean_up();
+    let listener = Arc::new(run_dir.listen()?);
+    spawn_accept(&server, &listener)?;
+    announce();
+    tracing::info!(store = %root.display(), pid = std::process::id(), "serving");
+
+    let idle_exit = (args.idle_exit > 0).then(|| Duration::from_secs(args.idle_exit));
+    let why = wait_for_end(&server, idle_exit)?;
+    tracing::info!("ending: {why}");
+    server.ending.store(true, Ordering::Relaxed);
+    listener.close();
+    server.mounts.drop_all();
+    server.service.clone().stop();
+    if let Err(error) = store.checkpoint() {
+        tracing::warn!("store not closed cleanly: {error}");
+    }
+    drop(lock);
+    Ok(())
+}
+
+/// How long a read waits for bytes; `PEEL_READ_DEADLINE` (seconds) is for tests and slow links.
+fn read_deadline() -> anyhow::Result<Duration> {
+    match std::env::var("PEEL_READ_DEADLINE") {
+        Ok(text) => text
+            .parse::<f64>()
+            .ok()
+            .and_then(|seconds| Duration::try_from_secs_f64(seconds).ok())
+            .filter(|deadline| !deadline.is_zero())
+            .with_context(|| format!("PEEL_READ_DEADLINE={text}: not a number of seconds")),
+        Err(_) => Ok(peel_fs::Options::default().read_deadline),
+    }
+}
+
+/// Tells whoever started this process that it accepts connections. Nobody may be listening.
+fn announce() {
+    let mut out = std::io::stdout();
+    let _ = writeln!(out, "{READY}").and_then(|()| out.flush());
+    // The starter waits for the end of the pipe, not only for the line: give it up.
+    if let Ok(null) = File::options().write(true).open("/dev/null") {
+        let _ = rustix::stdio::dup2_stdout(null);
+    }
+}
+
+fn spawn_accept(server: &Arc<Server>, listener: &Arc<Listener>) -> anyhow::Result<()> {
+    let (server, listener) = (Arc::clone(server), Arc::clone(listener));
+    std::thread::Builder::new()
+        .name("accept".to_owned())
+        .spawn(move || {
+            while let Some(stream) = listener.accept() {
+                // A refused client sees the end of the stream and tries again, or a new server, until its deadline.
+                let Some(guard) = server.enter() else { continue };
+                let spawned = std::thread::Builder::new()
+                    .name("connection".to_owned())
+                    .spawn(move || connection::serve(&guard.0, stream));
+                if let Err(error) = spawned {
+                    tracing::warn!("no thread for a connection: {error}");
+                }
+            }
+        })
+        .context("thread")?;
+    Ok(())
+}
+
+/// Blocks until the server should end; returns why.
+fn wait_for_end(server: &Arc<Server>, idle_exit: Option<Duration>) -> anyhow::Result<&'static str> {
+    use tokio::signal::unix::{SignalKind, signal};
+
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .context("runtime")?;
+    runtime.block_on(async {
+        let mut terminate = signal(SignalKind::terminate())?;
+        let mut interrupt = signal(SignalKind::interrupt())?;
+        // A server that dies with the terminal of the first command would surprise the second.
+        let mut _hangup = signal(SignalKind::hangup())?;
+        let mut tick = tokio::time::interval(TICK);
+        let mut scanned = Instant::now();
+        loop {
+            tokio::select! {
+                _ = terminate.recv() => return Ok("SIGTERM"),
+                _ = interrupt.recv() => return Ok("SIGINT"),
+                _ = tick.tick() => {}
+            }
+            if scanned.elapsed() >= SCAN_EVERY {
+                server.mounts.clean_up();
+                scanned = Instant::now();
+            }
+            if idle_exit.is_some_and(|limit| server.end_if_idle(limit)) {
+                return Ok("nothing is mounted");
+            }
+        }
+    })
+}

@@ -1,0 +1,17 @@
+//! The few system calls of this crate that have no safe wrapper.
+#![expect(unsafe_code, reason = "system calls without a safe wrapper; each block states its contract")]
+
+use std::io;
+
+/// Marks every descriptor above standard error close-on-exec, so that what a careless parent left open is not kept open
+/// by programs that this process starts.
+pub fn close_inherited_on_exec() -> io::Result<()> {
+    // SAFETY: close_range with CLOSE_RANGE_CLOEXEC closes nothing now; it changes a flag of descriptors, which no owner
+    // relies on being unset.
+    let result = unsafe { libc::close_range(3, libc::c_uint::MAX, libc::CLOSE_RANGE_CLOEXEC as libc::c_int) };
+    if result == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}
