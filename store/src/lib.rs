@@ -1,211 +1,250 @@
-//! Where bytes rest (skeleton of the contract).
-#![allow(clippy::todo, missing_debug_implementations, clippy::unused_async)]
+//! Where bytes rest: one directory that holds everything peel keeps, and the rules that keep it correct.
+//!
+//! Called by `fs` (which fills and serves it) and by the command. A [`Store`] never talks to a network and never decides
+//! what to fetch; it takes verified bytes and gives them back.
+//!
+//! | path below the root | what | made durable by |
+//! |---|---|---|
+//! | `version` | layout of the directory, one line | written once, when the store is made |
+//! | `lock` | `flock` of the process that owns the store; holds its process id | - |
+//! | `marker` | JSON: boot id, clean or not, time of the last checkpoint ([`recovery`]) | `fsync` of file and directory |
+//! | `objects/ab/cdef...` | complete files by sha256, mode 0444; an overlay data layer | checkpoint; re-hashed after a power loss |
+//! | `partial/ab/cdef....data` | sparse file of an object some of whose chunks are missing | nothing: chunks are hashed again |
+//! | `partial/ab/cdef....map` | header and one byte for each chunk ([`partial`]) | nothing, same reason |
+//! | `erofs/<manifest>.v<n>.erofs` | metadata image of an image's tree, by writer version ([`erofs`]) | checkpoint; removed after a power loss |
+//! | `records/images/<manifest>` | manifest, config and layer digests ([`records`]) | checksum in the file |
+//! | `records/names/<sha256 of the name>` | what an image name meant | checksum in the file |
+//! | `records/layers/<blob>` | index of a layer | checksum in the file |
+//! | `tmp/` | files on their way to another name; emptied when the store is locked | - |
+//! | `mounts/` | scratch directories of mounts; the server's | - |
+//! | `run/` | the server's socket; the server's | - |
+//!
+//! What must hold: a name below `objects/` exists only for content that hashes to it, and never changes once it is there.
+//! Everything else may be thrown away at any time. The root has mode 0700 and belongs to the user that runs the server, so
+//! nobody else can put bytes into it; that is why a checksum is enough for records.
 
 pub mod erofs;
+mod error;
+pub mod objects;
+pub mod partial;
+pub mod records;
+pub mod recovery;
+pub mod usage;
 
-use std::os::fd::BorrowedFd;
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 
-use peel_image::Digest;
-use peel_image::layer::{Chunk, LayerIndex};
+use rustix::fs::{Mode, OFlags};
 
-/// Why the store could not do something; names the file.
-#[derive(Debug, thiserror::Error)]
-pub enum Error {
-    /// Replaced by the real variants.
-    #[error("placeholder")]
-    Placeholder,
-}
+use error::Context;
+pub use error::Error;
+pub use objects::{ObjectWriter, Verdict};
+pub use partial::{ChunkState, PartialObject};
+pub use records::ImageRecord;
+pub use usage::{Count, Usage};
+
+/// First line of the version file. Another layout gets another number; there is no migration, a store is a cache.
+const LAYOUT: &str = "peel store 1";
+
+/// Directories of the root and their modes. `objects` and its shards are readable so that a data layer works like any
+/// other directory; the root above keeps others out.
+const DIRECTORIES: [(&str, u32); 9] = [
+    ("objects", 0o755),
+    ("partial", 0o700),
+    ("erofs", 0o700),
+    ("records", 0o700),
+    ("records/images", 0o700),
+    ("records/names", 0o700),
+    ("records/layers", 0o700),
+    ("tmp", 0o700),
+    ("mounts", 0o700),
+];
+
+/// The socket's directory, apart because the server may find it in use.
+const RUN_DIRECTORY: (&str, u32) = ("run", 0o700);
 
 /// One store directory. Cheap to clone; used by one server process at a time (see [`Store::lock`]).
 #[derive(Debug, Clone)]
-pub struct Store;
+pub struct Store {
+    inner: Arc<Inner>,
+}
 
-/// An object that is being written; nothing is visible before it is finished. Implements `std::io::Write` and hashes
-/// what passes.
 #[derive(Debug)]
-pub struct ObjectWriter;
-
-/// An object some of whose chunks are missing: a sparse file and a chunk map. Shared by all who read it.
-#[derive(Debug)]
-pub struct PartialObject;
-
-/// What the store knows of an image that it has seen before: enough to mount it again without a request.
-#[derive(Debug, Clone, serde::Serialize, serde::Deserialize)]
-pub struct ImageRecord {
-    /// Digest of the platform's manifest.
-    pub manifest_digest: Digest,
-    /// The manifest, byte for byte.
-    pub manifest: Vec<u8>,
-    /// The configuration, byte for byte.
-    pub config: Vec<u8>,
-    /// For each layer, lowest first, its blob digest; the index is kept by that name.
-    pub layers: Vec<Digest>,
+struct Inner {
+    root: PathBuf,
+    root_fd: OwnedFd,
+    objects_fd: OwnedFd,
+    /// Held from [`Store::lock`] until the last handle goes.
+    lock: Mutex<Option<File>>,
+    marker: recovery::Marker,
+    partials: partial::Registry,
+    next_temporary: AtomicU64,
+    /// Set once the file system has refused `O_TMPFILE`.
+    named_temporaries: AtomicBool,
 }
 
 impl Store {
-    /// Opens the store in `root`, made if it is not there (mode 0700). Does not lock it.
-    pub fn open(_root: &Path) -> Result<Self, Error> {
-        todo!()
+    /// Opens the store in `root`, made if it is not there (mode 0700). Does not lock it. An existing directory must be
+    /// empty or a store of this user that nobody else can enter.
+    pub fn open(root: &Path) -> Result<Self, Error> {
+        if let Some(parent) = root.parent().filter(|parent| !parent.as_os_str().is_empty()) {
+            fs::create_dir_all(parent).context("make directory", parent)?;
+        }
+        make_directory(root, 0o700)?;
+        let root = fs::canonicalize(root).context("resolve", root)?;
+        let fresh = check_root(&root)?;
+        for (name, mode) in DIRECTORIES.into_iter().chain([RUN_DIRECTORY]) {
+            make_directory(&root.join(name), mode)?;
+        }
+        for shard in 0..=u8::MAX {
+            make_directory(&root.join(format!("objects/{shard:02x}")), 0o755)?;
+        }
+        let marker = recovery::Marker::new(&root)?;
+        let root_fd = open_directory(&root)?;
+        let objects_fd = open_directory(&root.join("objects"))?;
+        let store = Self {
+            inner: Arc::new(Inner {
+                root,
+                root_fd,
+                objects_fd,
+                lock: Mutex::new(None),
+                marker,
+                partials: partial::Registry::default(),
+                next_temporary: AtomicU64::new(0),
+                named_temporaries: AtomicBool::new(false),
+            }),
+        };
+        if fresh {
+            store.replace_file(&store.root().join("version"), format!("{LAYOUT}\n").as_bytes())?;
+        }
+        Ok(store)
     }
 
-    /// Takes the store for this process, recovers from a crash or power loss, clears what half-finished work left.
-    /// The lock ends with the process. An error when another process has it.
-    pub fn lock(&self) -> Result<(), Error> {
-        todo!()
-    }
-
-    /// Makes everything durable (syncfs) and marks the store as cleanly closed.
-    pub fn checkpoint(&self) -> Result<(), Error> {
-        todo!()
-    }
-
-    /// The directory given to [`Store::open`].
+    /// The directory given to [`Store::open`], absolute and without symbolic links.
     pub fn root(&self) -> &Path {
-        todo!()
+        &self.inner.root
     }
 
     /// Directory of complete objects (`ab/cdef...` below it): an overlay data layer.
     pub fn objects_dir(&self) -> PathBuf {
-        todo!()
+        self.root().join("objects")
     }
 
-    /// Name of an object below the objects directory: `ab/cdef...`.
-    pub fn object_name(_digest: &Digest) -> String {
-        todo!()
+    /// The open directory of complete objects, for `fsconfig` of an overlay's data layer.
+    pub fn objects_fd(&self) -> BorrowedFd<'_> {
+        self.inner.objects_fd.as_fd()
     }
 
-    /// Whether the object is complete.
-    pub fn has_object(&self, _digest: &Digest) -> bool {
-        todo!()
+    /// Where the server makes a scratch directory for each writable mount.
+    pub fn mounts_dir(&self) -> PathBuf {
+        self.root().join("mounts")
     }
 
-    /// Starts a new object whose digest is not known or not checked yet.
-    pub fn object_writer(&self) -> Result<ObjectWriter, Error> {
-        todo!()
+    /// Where the server's socket stands.
+    pub fn run_dir(&self) -> PathBuf {
+        self.root().join("run")
     }
 
-    /// Adds an object whose bytes the caller has already hashed to `digest`.
-    pub fn add_verified(&self, _digest: &Digest, _bytes: &[u8]) -> Result<(), Error> {
-        todo!()
+    /// A name below `tmp/` that nothing else has; what is left there is removed by [`Store::lock`].
+    fn temporary_path(&self) -> PathBuf {
+        let number = self.inner.next_temporary.fetch_add(1, Ordering::Relaxed);
+        self.root().join(format!("tmp/{}-{number}", std::process::id()))
     }
 
-    /// Opens or makes the partial object of a file of `size` bytes with these chunks. Chunks found on disk from an
-    /// earlier process count as present but unverified until they have been hashed again. A map on disk with another
-    /// chunk list is thrown away.
-    pub fn partial(
-        &self,
-        _digest: &Digest,
-        _size: u64,
-        _chunks: &[Chunk],
-    ) -> Result<Arc<PartialObject>, Error> {
-        todo!()
-    }
-
-    /// Keeps an image, so that it can be mounted again offline.
-    pub fn put_image(&self, _record: &ImageRecord) -> Result<(), Error> {
-        todo!()
-    }
-
-    /// The image of that manifest, if it is kept.
-    pub fn image(&self, _manifest_digest: &Digest) -> Result<Option<ImageRecord>, Error> {
-        todo!()
-    }
-
-    /// Remembers that `name` (as the user writes it, with the platform) meant that manifest.
-    pub fn put_name(&self, _name: &str, _manifest_digest: &Digest) -> Result<(), Error> {
-        todo!()
-    }
-
-    /// What `name` meant when it was last resolved.
-    pub fn name(&self, _name: &str) -> Result<Option<Digest>, Error> {
-        todo!()
-    }
-
-    /// Keeps the index of a layer by its blob digest.
-    pub fn put_layer(&self, _blob: &Digest, _index: &LayerIndex) -> Result<(), Error> {
-        todo!()
-    }
-
-    /// The index of a layer, if it is kept.
-    pub fn layer(&self, _blob: &Digest) -> Result<Option<LayerIndex>, Error> {
-        todo!()
-    }
-
-    /// The EROFS image for the manifest, if it is kept and whole.
-    pub fn erofs_image(&self, _manifest_digest: &Digest) -> Option<PathBuf> {
-        todo!()
-    }
-
-    /// Writes the EROFS image of an image's tree and returns its path.
-    pub fn put_erofs_image(
-        &self,
-        _manifest_digest: &Digest,
-        _tree: &peel_image::tree::Tree,
-    ) -> Result<PathBuf, Error> {
-        todo!()
+    /// Writes a file under another name and renames it, so that readers see the old or the new content. Not durable.
+    fn replace_file(&self, path: &Path, content: &[u8]) -> Result<(), Error> {
+        let temporary = self.temporary_path();
+        let result = fs::write(&temporary, content)
+            .context("write", &temporary)
+            .and_then(|()| fs::rename(&temporary, path).context("rename to", path));
+        if result.is_err() {
+            remove_quietly(&temporary);
+        }
+        result
     }
 }
 
-impl ObjectWriter {
-    /// Ends the object and makes it visible. With `expected`, a different digest is an error and nothing appears.
-    pub fn finish(self, _expected: Option<&Digest>) -> Result<Digest, Error> {
-        todo!()
+/// Makes a directory unless it is there.
+fn make_directory(path: &Path, mode: u32) -> Result<(), Error> {
+    match fs::DirBuilder::new().mode(mode).create(path) {
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
+        result => result.context("make directory", path),
     }
 }
 
-impl std::io::Write for ObjectWriter {
-    fn write(&mut self, _data: &[u8]) -> std::io::Result<usize> {
-        todo!()
-    }
+fn open_directory(path: &Path) -> Result<OwnedFd, Error> {
+    rustix::fs::open(
+        path,
+        OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC,
+        Mode::empty(),
+    )
+    .context("open directory", path)
+}
 
-    fn flush(&mut self) -> std::io::Result<()> {
-        todo!()
+/// Checks that the directory is ours alone and is a store or can become one; true when it has yet to become one.
+fn check_root(root: &Path) -> Result<bool, Error> {
+    let metadata = fs::metadata(root).context("look at", root)?;
+    let expected = rustix::process::geteuid().as_raw();
+    if metadata.uid() != expected {
+        return Err(Error::Owner {
+            root: root.to_owned(),
+            owner: metadata.uid(),
+            expected,
+        });
+    }
+    let mode = metadata.mode() & 0o7777;
+    let version = root.join("version");
+    match fs::read(&version) {
+        Ok(content) => {
+            let found = String::from_utf8_lossy(content.get(..content.len().min(64)).unwrap_or_default());
+            if found.trim_end() != LAYOUT {
+                return Err(Error::Layout {
+                    root: root.to_owned(),
+                    found: found.trim_end().to_owned(),
+                    expected: LAYOUT,
+                });
+            }
+            if mode & 0o077 != 0 {
+                return Err(Error::Mode {
+                    root: root.to_owned(),
+                    mode,
+                });
+            }
+            Ok(false)
+        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            // An interrupted first open leaves some of our directories; a fresh ext4 has lost+found.
+            for entry in fs::read_dir(root).context("list", root)? {
+                let name = entry.context("list", root)?.file_name();
+                let ours = DIRECTORIES
+                    .into_iter()
+                    .chain([RUN_DIRECTORY])
+                    .any(|(directory, _)| name == directory);
+                if !ours && name != "lost+found" {
+                    return Err(Error::NotAStore(root.to_owned()));
+                }
+            }
+            fs::set_permissions(root, fs::Permissions::from_mode(0o700)).context("set the mode of", root)?;
+            Ok(true)
+        }
+        Err(error) => Err(error).context("read", &version),
     }
 }
 
-/// What the chunk map says of one chunk.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum ChunkState {
-    /// Not here.
-    Missing,
-    /// Written by an earlier process; must be hashed before a byte of it is exposed.
-    Unverified,
-    /// Here and verified by this process.
-    Present,
-}
-
-impl PartialObject {
-    /// State of chunk `index` (position in the chunk list).
-    pub fn state(&self, _index: usize) -> ChunkState {
-        todo!()
-    }
-
-    /// Reads the chunk from disk, hashes it and moves it from Unverified to Present (true) or Missing (false).
-    pub fn verify(&self, _index: usize) -> Result<bool, Error> {
-        todo!()
-    }
-
-    /// Writes a chunk that the caller has verified against its digest. Returns true when this was the last missing
-    /// one. Writing a chunk twice is harmless.
-    pub fn write(&self, _index: usize, _bytes: &[u8]) -> Result<bool, Error> {
-        todo!()
-    }
-
-    /// Reads bytes of the file; the caller has made sure that all chunks under the range are Present.
-    pub fn read(&self, _offset: u64, _length: usize) -> Result<Vec<u8>, Error> {
-        todo!()
-    }
-
-    /// All chunks are Present: hashes the whole file, renames it to its object name. A digest that differs discards
-    /// the data and is an error.
-    pub fn complete(&self) -> Result<(), Error> {
-        todo!()
-    }
-
-    /// The file that holds the bytes.
-    pub fn file(&self) -> BorrowedFd<'_> {
-        todo!()
+/// Removes a file whose absence is no news; anything else is logged, because nobody can act on it.
+fn remove_quietly(path: &Path) {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            tracing::warn!(?path, %error, "cannot remove a file of the store");
+        }
+        _ => {}
     }
 }
+
+#[cfg(test)]
+mod tests;
