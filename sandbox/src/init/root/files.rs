@@ -1,0 +1,101 @@
+//! Files that the container gets from the host: resolv.conf, hosts, hostname, and the binds that were asked for.
+//!
+//! The three files are copies in a file system of their own, so that the program may change them, as under Docker, and
+//! neither the host nor the image sees that.
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+
+use rustix::fs::{AtFlags, CWD, Mode, OFlags, ResolveFlags};
+use rustix::io::Errno;
+use rustix::mount::{MountAttrFlags, MoveMountFlags, move_mount};
+
+use super::{attach, clone_tree, host_file, make_directories, new_file_system, root_directory};
+use crate::Network;
+use crate::wire::{At, Failure, Setup};
+
+/// A directory that every host has, to mount on for a moment before the root is changed.
+pub(super) const SCRATCH: &str = "/proc";
+/// /etc/hosts of a container without the host's network.
+const LOOPBACK_HOSTS: &str = "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n";
+
+/// The three files as detached mounts, with their places.
+pub(super) struct HostFiles(Vec<(&'static str, OwnedFd)>);
+
+impl HostFiles {
+    /// Makes the copies; called before the root is changed.
+    pub(super) fn make(setup: &Setup) -> Result<Self, Failure> {
+        Self::try_make(setup).at("copying /etc/hosts and its kind")
+    }
+
+    fn try_make(setup: &Setup) -> io::Result<Self> {
+        let mut contents = vec![("hostname", format!("{}\n", setup.hostname).into_bytes())];
+        match setup.network {
+            Network::Host => {
+                contents.push(("hosts", host_file("/etc/hosts")));
+                contents.push(("resolv.conf", host_file("/etc/resolv.conf")));
+            }
+            Network::None => contents.push(("hosts", LOOPBACK_HOSTS.into())),
+        }
+        let attributes = MountAttrFlags::MOUNT_ATTR_NOSUID
+            | MountAttrFlags::MOUNT_ATTR_NODEV
+            | MountAttrFlags::MOUNT_ATTR_NOEXEC;
+        let store = new_file_system("tmpfs", &[("size", "4m"), ("mode", "755")], attributes)?;
+        // Single files can be taken only from a file system that is mounted somewhere.
+        let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;
+        move_mount(&store, "", CWD, SCRATCH, flags)?;
+        let mut files = Vec::new();
+        for (name, contents) in contents {
+            let flags = OFlags::CREATE | OFlags::EXCL | OFlags::WRONLY | OFlags::CLOEXEC;
+            let file = rustix::fs::openat(&store, name, flags, Mode::from_raw_mode(0o644))?;
+            io::Write::write_all(&mut std::fs::File::from(file), &contents)?;
+            files.push((name, clone_tree(store.as_fd(), name, false)?));
+        }
+        Ok(Self(files))
+    }
+
+    /// Puts them into /etc; called inside the root. A root without a place for one, and without the chance to make one,
+    /// goes without.
+    pub(super) fn attach(self) {
+        for (name, tree) in self.0 {
+            let path = format!("/etc/{name}");
+            // A link that leads nowhere is resolved by the container's program, not here.
+            if let Ok(target) = open_or_make_file(path.as_bytes()) {
+                let _unused = attach(tree.as_fd(), target.as_fd());
+            }
+        }
+    }
+}
+
+/// Opens a path as a place, with the links in it resolved inside the root and magic links refused.
+pub(super) fn open_inside(path: &[u8], flags: OFlags) -> Result<OwnedFd, Errno> {
+    let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
+    let flags = flags | OFlags::PATH | OFlags::CLOEXEC;
+    rustix::fs::openat2(root_directory()?, path, flags, Mode::empty(), resolve)
+}
+
+/// Mounts a tree at a path of the root: on a directory or on a file, as the tree is, made where it is missing.
+pub(super) fn bind(tree: &OwnedFd, destination: &[u8]) -> io::Result<()> {
+    let found = rustix::fs::statat(tree, "", AtFlags::EMPTY_PATH)?;
+    let target = if rustix::fs::FileType::from_raw_mode(found.st_mode).is_dir() {
+        make_directories(destination)?
+    } else {
+        open_or_make_file(destination)?
+    };
+    attach(tree.as_fd(), target.as_fd())
+}
+
+/// Opens a file of the root as a place, making it and its directories where they are missing.
+fn open_or_make_file(path: &[u8]) -> io::Result<OwnedFd> {
+    match open_inside(path, OFlags::empty()) {
+        Err(Errno::NOENT) => {}
+        found => return Ok(found?),
+    }
+    let split = path.iter().rposition(|byte| *byte == b'/').unwrap_or(0);
+    let (parent, name) = path.split_at(split);
+    let name = name.strip_prefix(b"/").unwrap_or(name);
+    let parent = make_directories(parent)?;
+    let flags = OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::WRONLY | OFlags::CLOEXEC;
+    rustix::fs::openat(parent, name, flags, Mode::from_raw_mode(0o644))?;
+    Ok(open_inside(path, OFlags::empty())?)
+}
