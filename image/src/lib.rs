@@ -12,7 +12,9 @@
 //! their reason beside them.
 
 pub mod annotations;
+pub mod compression;
 pub mod digest;
+pub mod estargz;
 pub mod layer;
 pub mod media;
 pub mod path;

@@ -1,0 +1,91 @@
+//! What the tests of this module share: the layers that upstream's tools made, and a plain way to decode a chunk.
+
+use std::path::PathBuf;
+
+use serde_json::Value;
+
+use super::{TocBytes, extract_toc, locate, read_index};
+use crate::annotations::TOC_DIGEST;
+use crate::compression::decode_chunk;
+use crate::digest::Digest;
+use crate::layer::{Chunk, ChunkSource, Encoding, LayerIndex};
+
+/// A layer blob of the vectors.
+pub(super) struct VectorLayer {
+    pub(super) blob: Vec<u8>,
+    /// The digest of its annotation; that of nothing where there is no annotation.
+    pub(super) toc_digest: Digest,
+}
+
+impl VectorLayer {
+    /// Goes the whole way from the footer to the index.
+    pub(super) fn open(&self) -> (TocBytes, LayerIndex) {
+        open(&self.blob)
+    }
+}
+
+pub(super) fn open(blob: &[u8]) -> (TocBytes, LayerIndex) {
+    let location = locate(blob, blob.len() as u64).unwrap();
+    let start = usize::try_from(location.payload_end).unwrap();
+    let end = start + usize::try_from(location.toc_size).unwrap();
+    let toc = extract_toc(&blob[start..end]).unwrap();
+    let index = read_index(&toc.json, location.payload_end).unwrap();
+    (toc, index)
+}
+
+fn vectors() -> PathBuf {
+    let fallback = concat!(env!("CARGO_MANIFEST_DIR"), "/../../shared/vectors");
+    let path = std::env::var_os("PEEL_VECTORS").map_or_else(|| fallback.into(), PathBuf::from);
+    assert!(
+        path.join("oci/index.json").is_file(),
+        "no vectors in {}: set PEEL_VECTORS to the directory that holds them",
+        path.display()
+    );
+    path
+}
+
+/// The layers of one image of the vectors, lowest first.
+pub(super) fn layers(tag: &str) -> Vec<VectorLayer> {
+    let oci = vectors().join("oci");
+    let blob = |digest: &Value| {
+        let digest = digest.as_str().unwrap().replace(':', "/");
+        std::fs::read(oci.join("blobs").join(digest)).unwrap()
+    };
+    let index: Value = serde_json::from_slice(&std::fs::read(oci.join("index.json")).unwrap()).unwrap();
+    let named = |entry: &&Value| entry["annotations"]["org.opencontainers.image.ref.name"] == tag;
+    let entry = index["manifests"].as_array().unwrap().iter().find(named);
+    let mut manifest: Value = serde_json::from_slice(&blob(&entry.unwrap()["digest"])).unwrap();
+    if let Some(platform) = manifest["manifests"].get(0) {
+        manifest = serde_json::from_slice(&blob(&platform["digest"])).unwrap();
+    }
+    let layer = |layer: &Value| VectorLayer {
+        blob: blob(&layer["digest"]),
+        toc_digest: layer["annotations"][TOC_DIGEST]
+            .as_str()
+            .map_or(Digest::EMPTY, |text| text.parse().unwrap()),
+    };
+    manifest["layers"].as_array().unwrap().iter().map(layer).collect()
+}
+
+/// The uncompressed bytes of a chunk.
+pub(super) fn decode(blob: &[u8], chunk: &Chunk) -> Vec<u8> {
+    let ChunkSource::Blob {
+        offset,
+        compressed_size,
+        inner_offset,
+        ..
+    } = chunk.source
+    else {
+        panic!("{chunk:?} is not in the blob");
+    };
+    let start = usize::try_from(offset).unwrap();
+    let end = start + usize::try_from(compressed_size).unwrap();
+    decode_chunk(
+        Encoding::Gzip,
+        &blob[start..end],
+        inner_offset,
+        chunk.size,
+        u64::MAX,
+    )
+    .unwrap()
+}

@@ -1,0 +1,245 @@
+//! Modification times of a TOC: RFC 3339 text to and from seconds since the epoch.
+//!
+//! Upstream writes whole seconds in UTC (`2023-11-14T22:13:20Z`) and leaves the text away for the epoch itself; readers
+//! must take fractions and zone offsets too, as the RFC has them. The calendar is the proleptic Gregorian one; days are
+//! counted with years that start in March, so that the leap day is the last day of its year.
+
+const SECONDS_PER_DAY: i64 = 86_400;
+/// Days of 400 Gregorian years, after which the calendar repeats.
+const DAYS_PER_ERA: i64 = 146_097;
+/// Days from 0000-03-01 to 1970-01-01.
+const EPOCH: i64 = 719_468;
+/// Digits of the farthest year that 64 bits of seconds reach.
+const YEAR_DIGITS: usize = 12;
+
+/// Formats a time as upstream does: rounded to whole seconds (half a second up), UTC; empty for the second of the epoch.
+pub(super) fn format(seconds: i64, nanoseconds: u32) -> String {
+    if seconds == 0 {
+        return String::new();
+    }
+    let seconds = seconds.saturating_add(i64::from(nanoseconds >= 500_000_000));
+    let (days, second) = (
+        seconds.div_euclid(SECONDS_PER_DAY),
+        seconds.rem_euclid(SECONDS_PER_DAY),
+    );
+    let (year, month, day) = date(days);
+    let (hour, minute, second) = (second / 3600, second / 60 % 60, second % 60);
+    let sign = if year < 0 { "-" } else { "" };
+    let year = year.unsigned_abs();
+    format!("{sign}{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}Z")
+}
+
+/// Parses a time to seconds and nanoseconds since the epoch; `None` if the text is not RFC 3339. Years may have more than
+/// four digits and a sign, which [`format`] needs for the times that tar can hold.
+pub(super) fn parse(text: &str) -> Option<(i64, u32)> {
+    let (negative, rest) = match text.strip_prefix('-') {
+        Some(rest) => (true, rest),
+        None => (false, text),
+    };
+    let (year, rest) = rest.split_once('-')?;
+    if year.len() < 4 {
+        return None;
+    }
+    let year = number(year)? * if negative { -1 } else { 1 };
+    let (date_text, time_text) = rest.split_once(['T', 't'])?;
+    let (month, day) = date_text.split_once('-')?;
+    let (month, day) = (two_digits(month)?, two_digits(day)?);
+    if !(1..=12).contains(&month) || day < 1 || day > days_in(year, month) {
+        return None;
+    }
+
+    let zone_at = time_text.find(['Z', 'z', '+', '-'])?;
+    let (clock, zone) = time_text.split_at_checked(zone_at)?;
+    let (clock, fraction) = match clock.split_once('.') {
+        Some((clock, fraction)) => (clock, Some(fraction)),
+        None => (clock, None),
+    };
+    let mut fields = clock.split(':').map(two_digits);
+    let (hour, minute, second) = (fields.next()??, fields.next()??, fields.next()??);
+    if fields.next().is_some() || hour > 23 || minute > 59 || second > 60 {
+        return None;
+    }
+    let nanoseconds = fraction.map_or(Some(0), nanoseconds)?;
+    let offset = match zone {
+        "Z" | "z" => 0,
+        _ => {
+            let (sign, clock) = zone.split_at_checked(1)?;
+            let (hours, minutes) = clock.split_once(':')?;
+            let (hours, minutes) = (two_digits(hours)?, two_digits(minutes)?);
+            if hours > 23 || minutes > 59 {
+                return None;
+            }
+            (hours * 3600 + minutes * 60) * if sign == "-" { -1 } else { 1 }
+        }
+    };
+    // Days first towards zero, so that the earliest times do not overflow on the way.
+    let second_of_day = hour * 3600 + minute * 60 + second - offset;
+    let day = days(year, month, day);
+    let seconds = if day < 0 {
+        (day + 1)
+            .checked_mul(SECONDS_PER_DAY)?
+            .checked_add(second_of_day - SECONDS_PER_DAY)?
+    } else {
+        day.checked_mul(SECONDS_PER_DAY)?.checked_add(second_of_day)?
+    };
+    Some((seconds, nanoseconds))
+}
+
+/// A run of ASCII digits, short enough not to overflow.
+fn number(text: &str) -> Option<i64> {
+    let plain =
+        !text.is_empty() && text.len() <= YEAR_DIGITS && text.bytes().all(|byte| byte.is_ascii_digit());
+    text.parse().ok().filter(|_| plain)
+}
+
+fn two_digits(text: &str) -> Option<i64> {
+    number(text).filter(|_| text.len() == 2)
+}
+
+/// The digits after the decimal point; what is below a nanosecond is cut off.
+fn nanoseconds(fraction: &str) -> Option<u32> {
+    let plain = !fraction.is_empty() && fraction.bytes().all(|byte| byte.is_ascii_digit());
+    let digits = fraction.bytes().chain(std::iter::repeat(b'0')).take(9);
+    plain.then(|| digits.fold(0, |sum, digit| sum * 10 + u32::from(digit - b'0')))
+}
+
+fn is_leap(year: i64) -> bool {
+    year % 4 == 0 && (year % 100 != 0 || year % 400 == 0)
+}
+
+fn days_in(year: i64, month: i64) -> i64 {
+    match month {
+        2 if is_leap(year) => 29,
+        2 => 28,
+        4 | 6 | 9 | 11 => 30,
+        _ => 31,
+    }
+}
+
+/// Days from the epoch to a date.
+fn days(year: i64, month: i64, day: i64) -> i64 {
+    let year = year - i64::from(month <= 2);
+    let (era, year_of_era) = (year.div_euclid(400), year.rem_euclid(400));
+    let day_of_year = (153 * ((month + 9) % 12) + 2) / 5 + day - 1;
+    let day_of_era = year_of_era * 365 + year_of_era / 4 - year_of_era / 100 + day_of_year;
+    era * DAYS_PER_ERA + day_of_era - EPOCH
+}
+
+/// The date (year, month, day) that lies `days` after the epoch.
+fn date(days: i64) -> (i64, i64, i64) {
+    let days = days + EPOCH;
+    let (era, day_of_era) = (days.div_euclid(DAYS_PER_ERA), days.rem_euclid(DAYS_PER_ERA));
+    let year_of_era =
+        (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / (DAYS_PER_ERA - 1)) / 365;
+    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
+    let shifted = (5 * day_of_year + 2) / 153;
+    let day = day_of_year - (153 * shifted + 2) / 5 + 1;
+    let month = (shifted + 2) % 12 + 1;
+    (year_of_era + era * 400 + i64::from(month <= 2), month, day)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn known_times() {
+        for (text, seconds) in [
+            ("2023-11-14T22:13:20Z", 1_700_000_000),
+            ("1970-01-01T00:00:01Z", 1),
+            ("1969-12-31T23:59:59Z", -1),
+            ("2000-02-29T12:00:00Z", 951_825_600),
+            ("1900-03-01T00:00:00Z", -2_203_891_200),
+            ("0001-01-01T00:00:00Z", -62_135_596_800),
+            ("9999-12-31T23:59:59Z", 253_402_300_799),
+            ("10000-01-01T00:00:00Z", 253_402_300_800),
+        ] {
+            assert_eq!(parse(text), Some((seconds, 0)), "{text}");
+            assert_eq!(format(seconds, 0), text);
+        }
+    }
+
+    #[test]
+    fn fractions_and_zones_are_read() {
+        for (text, parsed) in [
+            ("1970-01-01T00:00:00.5Z", (0, 500_000_000)),
+            ("1970-01-01T00:00:00.1234567899Z", (0, 123_456_789)),
+            ("1970-01-01t01:00:00z", (3600, 0)),
+            ("1970-01-01T01:00:00+01:00", (0, 0)),
+            ("1969-12-31T22:30:00-01:30", (0, 0)),
+            ("1972-06-30T23:59:60Z", (78_796_800, 0)),
+        ] {
+            assert_eq!(parse(text), Some(parsed), "{text}");
+        }
+    }
+
+    #[test]
+    fn times_are_rounded_and_the_epoch_is_empty() {
+        for (seconds, nanoseconds, text) in [
+            (0, 0, ""),
+            (0, 999_999_999, ""),
+            (1, 499_999_999, "1970-01-01T00:00:01Z"),
+            (1, 500_000_000, "1970-01-01T00:00:02Z"),
+            (-1, 500_000_000, "1970-01-01T00:00:00Z"),
+        ] {
+            assert_eq!(format(seconds, nanoseconds), text, "{seconds}.{nanoseconds}");
+        }
+    }
+
+    #[test]
+    fn other_texts_are_refused() {
+        for text in [
+            "",
+            "2023",
+            "2023-11-14",
+            "2023-11-14T22:13:20",
+            "2023-11-14 22:13:20Z",
+            "2023-13-14T22:13:20Z",
+            "2023-02-29T22:13:20Z",
+            "2023-00-01T22:13:20Z",
+            "2023-01-00T22:13:20Z",
+            "2023-1-14T22:13:20Z",
+            "2023-11-14T24:13:20Z",
+            "2023-11-14T22:60:20Z",
+            "2023-11-14T22:13:61Z",
+            "2023-11-14T22:13:20.Z",
+            "2023-11-14T22:13:20.5xZ",
+            "2023-11-14T22:13:20+1:00",
+            "2023-11-14T22:13:20+01:00Z",
+            "2023-11-14T22:13:20Zx",
+            "+023-11-14T22:13:20Z",
+            "999999999999-11-14T22:13:20Z",
+            "9999999999999-11-14T22:13:20Z",
+        ] {
+            assert_eq!(parse(text), None, "{text:?}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn round_trip(seconds in prop_oneof![any::<i64>(), -5_000_000_000i64..5_000_000_000, Just(i64::MIN), Just(i64::MAX)]) {
+            prop_assume!(seconds != 0);
+            let text = format(seconds, 0);
+            prop_assert_eq!(parse(&text), Some((seconds, 0)), "{}", text);
+        }
+
+        #[test]
+        fn days_follow_one_another(day in -400_000_000i64..400_000_000) {
+            let (year, month, of_month) = date(day);
+            prop_assert_eq!(days(year, month, of_month), day);
+            prop_assert!(of_month >= 1 && of_month <= days_in(year, month));
+        }
+
+        #[test]
+        fn every_time_formats(seconds in any::<i64>(), nanoseconds in 0u32..1_000_000_000) {
+            prop_assert_eq!(format(seconds, nanoseconds).is_empty(), seconds == 0);
+        }
+
+        #[test]
+        fn noise_never_panics(text in "\\PC{0,40}|[-0-9TZ:.+]{0,40}") {
+            let _outcome = parse(&text);
+        }
+    }
+}
