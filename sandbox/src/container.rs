@@ -472,3 +472,30 @@ fn explain_program(failure: Failure, program: &OsStr) -> Error {
         },
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::{AsFd, AsRawFd};
+    use std::process::{Command, Stdio};
+
+    use super::{copied_binary, own_binary};
+
+    #[test]
+    fn both_forms_of_the_binary_run_and_cannot_be_written() {
+        for binary in [own_binary().unwrap(), copied_binary().unwrap()] {
+            let path = format!("/proc/self/fd/{}", binary.as_raw_fd());
+            let status = Command::new(&path)
+                .arg("--list")
+                .stdout(Stdio::null())
+                .status()
+                .unwrap();
+            assert!(status.success());
+            let copy = std::fs::OpenOptions::new().write(true).open(&path);
+            let written = copy.and_then(|file| {
+                rustix::io::write(file.as_fd(), b"x")?;
+                Ok(())
+            });
+            assert!(written.is_err());
+        }
+    }
+}
