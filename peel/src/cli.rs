@@ -14,6 +14,8 @@ use clap::{Args, Parser, Subcommand, ValueEnum, ValueHint};
 pub use convert::{ConvertArgs, EstargzArgs, OptimizeArgs};
 pub use run::{ProcessArgs, RunArgs};
 
+use crate::demo::image::Origin;
+
 /// How image names are written; shown below the help of every command that takes one.
 const NAMES: &str = "\
 Image names:
@@ -39,6 +41,9 @@ pub struct Cli {
     /// Flags of every command.
     #[command(flatten)]
     pub global: Global,
+    /// The same as --verbose; after `run` it is Docker's short form of --volume
+    #[arg(short = 'v', action = clap::ArgAction::Count)]
+    pub verbose_short: u8,
     /// What to do.
     #[command(subcommand)]
     pub command: Command,
@@ -77,7 +82,7 @@ pub struct Global {
     )]
     pub authfile: Option<PathBuf>,
     /// Say more on standard error; twice for everything
-    #[arg(short, long, global = true, action = clap::ArgAction::Count)]
+    #[arg(long, global = true, action = clap::ArgAction::Count)]
     pub verbose: u8,
     /// Form of log lines on standard error
     #[arg(long, global = true, value_enum, default_value_t = LogFormat::Text, value_name = "FORMAT")]
@@ -240,11 +245,23 @@ pub struct DemoArgs {
     #[arg(long, value_name = "MS", default_value_t = 20)]
     pub rtt: u32,
     /// Bandwidth of the shaped link in Mbit/s
-    #[arg(long, value_name = "MBIT", default_value_t = 500)]
+    #[arg(long, value_name = "MBIT", default_value_t = 500, value_parser = clap::value_parser!(u32).range(1..))]
     pub bandwidth: u32,
-    /// Directory for images and stores; a temporary one that is removed again if not given
+    /// How often each way is measured; the median is shown
+    #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..))]
+    pub runs: u32,
+    /// Where the files of the image that is made here come from
+    #[arg(long, value_enum, default_value_t = Origin::Auto, value_name = "ORIGIN")]
+    pub origin: Origin,
+    /// Directory that keeps the image that is made here for the next time [default: /var/cache/peel/demo]
+    #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
+    pub cache_dir: Option<PathBuf>,
+    /// Directory in which a temporary one for registry and stores is made [default: /var/tmp]
     #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
     pub work_dir: Option<PathBuf>,
+    /// Keep that temporary directory
+    #[arg(long)]
+    pub keep: bool,
     /// A real image from its own registry instead of one made here
     pub image: Option<String>,
     /// What to run in it instead of its own command
@@ -292,8 +309,13 @@ mod tests {
 
     #[test]
     fn a_command_after_the_image_keeps_its_own_flags() {
-        let cli = Cli::try_parse_from(["peel", "run", "-e", "A=1", "-it", "img", "ls", "-l", "--json", "-e"]).unwrap();
-        let Command::Run(run) = cli.command else { panic!("not run") };
+        let cli = Cli::try_parse_from([
+            "peel", "run", "-e", "A=1", "-it", "img", "ls", "-l", "--json", "-e",
+        ])
+        .unwrap();
+        let Command::Run(run) = cli.command else {
+            panic!("not run")
+        };
         assert_eq!(run.process.env, ["A=1"]);
         assert!(run.tty && run.interactive && !cli.global.json);
         assert_eq!(run.command, ["ls", "-l", "--json", "-e"]);
@@ -303,7 +325,12 @@ mod tests {
     fn every_flag_has_help() {
         fn check(command: &clap::Command) {
             for arg in command.get_arguments() {
-                assert!(arg.get_help().is_some(), "{} {}", command.get_name(), arg.get_id());
+                assert!(
+                    arg.get_help().is_some(),
+                    "{} {}",
+                    command.get_name(),
+                    arg.get_id()
+                );
             }
             for sub in command.get_subcommands() {
                 assert!(sub.get_about().is_some(), "{}", sub.get_name());

@@ -193,16 +193,26 @@ fn make_store(store: &Path) -> anyhow::Result<PathBuf> {
 fn attempt(run_dir: &RunDir, store: &Path) -> anyhow::Result<Attempt> {
     let stream = match run_dir.connect() {
         Ok(stream) => stream,
-        Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused) => {
+        Err(error)
+            if matches!(
+                error.kind(),
+                io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused
+            ) =>
+        {
             return Ok(Attempt::Nobody);
         }
         Err(error) => {
-            return Err(error).with_context(|| format!("socket of the server in {}", store.join("run").display()));
+            return Err(error)
+                .with_context(|| format!("socket of the server in {}", store.join("run").display()));
         }
     };
     let mut connection = Connection::new(stream, Some(SILENCE)).context("socket")?;
     match hello(&mut connection) {
-        Ok(Response::Hello { protocol, program, pid }) => {
+        Ok(Response::Hello {
+            protocol,
+            program,
+            pid,
+        }) => {
             if (protocol, program.as_str()) != (VERSION, PROGRAM_VERSION) {
                 bail!(
                     "the server of the store {} is peel {program} (process {pid}), this is peel {PROGRAM_VERSION}; it \
@@ -239,7 +249,7 @@ fn start(store: &Path, global: &Global) -> anyhow::Result<()> {
         .arg("--store")
         .arg(store)
         .args(["daemon", "--detached"])
-        .args(std::iter::repeat_n("-v", usize::from(global.verbose)))
+        .args(std::iter::repeat_n("--verbose", usize::from(global.verbose)))
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(log);
@@ -283,9 +293,8 @@ fn read_until(pipe: OwnedFd, deadline: Instant, text: &mut String) -> anyhow::Re
     loop {
         let left = deadline.saturating_duration_since(Instant::now());
         let timeout = Timespec::try_from(left).context("time limit")?;
-        let ready = rustix::io::retry_on_intr(|| {
-            poll(&mut [PollFd::new(&pipe, PollFlags::IN)], Some(&timeout))
-        })?;
+        let ready =
+            rustix::io::retry_on_intr(|| poll(&mut [PollFd::new(&pipe, PollFlags::IN)], Some(&timeout)))?;
         if ready == 0 {
             bail!("nothing within {} s", START.as_secs());
         }

@@ -6,10 +6,12 @@ mod convert;
 mod daemon;
 mod doctor;
 mod inspect;
+mod look;
 mod ls;
 mod man;
 mod mount;
 mod optimize;
+mod record;
 mod run;
 mod umount;
 
@@ -24,6 +26,7 @@ use peel_fs::{LayerReport, PullPolicy};
 use peel_registry::{ClientOptions, ImageName};
 
 use crate::cli::{Cli, Command, Global, LoadArgs, Pull, Verify};
+use crate::describe::describe;
 use crate::logging;
 use crate::protocol::MountRequest;
 
@@ -32,7 +35,7 @@ const RUN_FAILED: u8 = 125;
 
 /// The whole program: parses the command line of this process and does what it says.
 pub fn main() -> ExitCode {
-    let cli = match Cli::try_parse() {
+    let mut cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) => {
             // Help and versions go to standard output and are no failure.
@@ -45,6 +48,7 @@ pub fn main() -> ExitCode {
             };
         }
     };
+    cli.global.verbose = cli.global.verbose.saturating_add(cli.verbose_short);
     let global = &cli.global;
     if !matches!(cli.command, Command::Daemon(_)) {
         logging::to_stderr(global.verbose, global.log_format);
@@ -68,8 +72,12 @@ pub fn main() -> ExitCode {
         Ok(code) => code,
         Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
-            let _ = writeln!(std::io::stderr(), "peel: {error:#}");
-            ExitCode::from(if matches!(cli.command, Command::Run(_)) { RUN_FAILED } else { 1 })
+            let _ = writeln!(std::io::stderr(), "peel: {}", describe(&error));
+            ExitCode::from(if matches!(cli.command, Command::Run(_)) {
+                RUN_FAILED
+            } else {
+                1
+            })
         }
     }
 }
@@ -80,7 +88,9 @@ fn done((): ()) -> ExitCode {
 
 /// Whether a command line that could not be parsed was one of `peel run`.
 fn asks_to_run(args: impl Iterator<Item = OsString>) -> bool {
-    args.skip(1).find(|arg| !arg.to_string_lossy().starts_with('-')).is_some_and(|arg| arg == "run")
+    args.skip(1)
+        .find(|arg| !arg.to_string_lossy().starts_with('-'))
+        .is_some_and(|arg| arg == "run")
 }
 
 /// `peel ls IMAGE | head` is not a failure.
@@ -100,7 +110,12 @@ fn image_name(text: &str) -> anyhow::Result<ImageName> {
 fn client_options(global: &Global) -> anyhow::Result<ClientOptions> {
     let mut options = ClientOptions::from_env();
     options.plain_http = global.plain_http;
-    options.tls_ca = global.tls_ca.as_deref().map(readable).transpose().context("--tls-ca")?;
+    options.tls_ca = global
+        .tls_ca
+        .as_deref()
+        .map(readable)
+        .transpose()
+        .context("--tls-ca")?;
     if let Some(file) = &global.authfile {
         options.auth_files = vec![readable(file).context("--authfile")?];
     }
@@ -117,7 +132,12 @@ fn readable(path: &Path) -> anyhow::Result<PathBuf> {
 }
 
 /// What the server is asked for by the flags of `run`, `mount` and `optimize`.
-fn mount_request(global: &Global, image: &str, load: &LoadArgs, writable: bool) -> anyhow::Result<MountRequest> {
+fn mount_request(
+    global: &Global,
+    image: &str,
+    load: &LoadArgs,
+    writable: bool,
+) -> anyhow::Result<MountRequest> {
     Ok(MountRequest {
         image: image_name(image)?.to_string(),
         platform: load.platform.clone(),

@@ -18,8 +18,12 @@ const LOG_MAX: u64 = 8 << 20;
 fn filter(verbose: u8, default: &str) -> EnvFilter {
     let level = match verbose {
         0 => default,
-        1 => "peel=info,peel_fs=info,peel_registry=info,peel_store=info,peel_sandbox=info,peel_analyzer=info,warn",
-        2 => "peel=debug,peel_fs=debug,peel_registry=debug,peel_store=debug,peel_sandbox=debug,peel_analyzer=debug,info",
+        1 => {
+            "peel=info,peel_fs=info,peel_registry=info,peel_store=info,peel_sandbox=info,peel_analyzer=info,warn"
+        }
+        2 => {
+            "peel=debug,peel_fs=debug,peel_registry=debug,peel_store=debug,peel_sandbox=debug,peel_analyzer=debug,info"
+        }
         _ => "trace",
     };
     EnvFilter::try_from_env("PEEL_LOG").unwrap_or_else(|_| EnvFilter::new(level))
@@ -98,7 +102,11 @@ mod tests {
         (&log).write_all(b"first\n").unwrap();
         let length = std::fs::metadata(&path).unwrap().len();
         (&log).write_all(b"second\n").unwrap();
-        assert_eq!(length, LOG_MAX + 7, "an append position is known only after a write");
+        assert_eq!(
+            length,
+            LOG_MAX + 7,
+            "an append position is known only after a write"
+        );
         assert_eq!(std::fs::read(&path).unwrap(), b"second\n");
     }
 }

@@ -41,18 +41,22 @@ pub struct MountRecords {
 
 /// Identifies this boot of the kernel (random(4)).
 pub fn boot_id() -> io::Result<String> {
-    Ok(fs::read_to_string("/proc/sys/kernel/random/boot_id")?.trim().to_owned())
+    Ok(fs::read_to_string("/proc/sys/kernel/random/boot_id")?
+        .trim()
+        .to_owned())
 }
 
 /// A name for a new mount that no other has.
 pub fn new_id() -> io::Result<String> {
     let mut bytes = [0; 6];
     fs::File::open("/dev/urandom")?.read_exact(&mut bytes)?;
-    Ok(Digest::from_bytes(std::array::from_fn(|index| bytes.get(index).copied().unwrap_or_default()))
-        .hex()
-        .chars()
-        .take(12)
-        .collect())
+    Ok(Digest::from_bytes(std::array::from_fn(|index| {
+        bytes.get(index).copied().unwrap_or_default()
+    }))
+    .hex()
+    .chars()
+    .take(12)
+    .collect())
 }
 
 /// Whether `id` is what [`new_id`] makes; anything else must not become part of a path.
@@ -113,7 +117,12 @@ impl MountRecords {
         let mut all = Vec::new();
         for entry in entries {
             let entry = entry?;
-            let Some(id) = entry.file_name().to_str().filter(|id| is_id(id)).map(str::to_owned) else {
+            let Some(id) = entry
+                .file_name()
+                .to_str()
+                .filter(|id| is_id(id))
+                .map(str::to_owned)
+            else {
                 continue;
             };
             let record = fs::read(entry.path().join("record.json"))
@@ -153,7 +162,10 @@ mod tests {
         records.put(&record(&first)).unwrap();
         let mut all = records.list().unwrap();
         all.sort_by_key(|(id, _)| *id != first);
-        assert_eq!(all, [(first.clone(), Some(record(&first))), (second.clone(), None)]);
+        assert_eq!(
+            all,
+            [(first.clone(), Some(record(&first))), (second.clone(), None)]
+        );
         records.remove(&first).unwrap();
         records.remove(&first).unwrap();
         records.remove(&second).unwrap();

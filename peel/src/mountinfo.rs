@@ -84,10 +84,7 @@ fn unescape(field: &[u8]) -> Vec<u8> {
 /// The mounts of one process' namespace, in the order in which they were made.
 pub fn of_process(pid: &OsStr) -> io::Result<Vec<Mount>> {
     let text = std::fs::read(Path::new("/proc").join(pid).join("mountinfo"))?;
-    Ok(text
-        .split(|byte| *byte == b'\n')
-        .filter_map(parse_line)
-        .collect())
+    Ok(text.split(|byte| *byte == b'\n').filter_map(parse_line).collect())
 }
 
 /// The mounts of this process' namespace.

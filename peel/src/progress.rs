@@ -32,7 +32,8 @@ impl Bar {
     /// Says what is being done and how far it is.
     pub fn set(&mut self, message: String, done: u64, total: u64) {
         if !self.shown && self.begin.elapsed() >= PATIENCE && std::io::stderr().is_terminal() {
-            self.bar.set_draw_target(ProgressDrawTarget::stderr_with_hz(REDRAWS));
+            self.bar
+                .set_draw_target(ProgressDrawTarget::stderr_with_hz(REDRAWS));
             self.shown = true;
         }
         self.bar.set_message(message);

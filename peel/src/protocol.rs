@@ -182,31 +182,42 @@ mod tests {
     }
 
     fn client() -> impl Strategy<Value = ClientOptions> {
-        (any::<bool>(), proptest::option::of(path()), any::<u32>(), proptest::collection::vec(path(), 0..3)).prop_map(
-            |(plain_http, tls_ca, seconds, auth_files)| ClientOptions {
+        (
+            any::<bool>(),
+            proptest::option::of(path()),
+            any::<u32>(),
+            proptest::collection::vec(path(), 0..3),
+        )
+            .prop_map(|(plain_http, tls_ca, seconds, auth_files)| ClientOptions {
                 plain_http,
                 tls_ca,
                 attempt_timeout: Duration::from_millis(seconds.into()),
                 retry_for: Duration::from_secs(seconds.into()),
                 auth_files,
-            },
-        )
+            })
     }
 
     fn request() -> impl Strategy<Value = Request> {
         prop_oneof![
             (any::<u32>(), ".*").prop_map(|(protocol, program)| Request::Hello { protocol, program }),
-            (".*", proptest::option::of(".*"), pull(), client(), any::<[bool; 3]>()).prop_map(
-                |(image, platform, pull, client, [prefetch, eager, writable])| Request::Mount(MountRequest {
-                    image,
-                    platform,
-                    pull,
-                    client,
-                    prefetch,
-                    eager,
-                    writable
-                })
-            ),
+            (
+                ".*",
+                proptest::option::of(".*"),
+                pull(),
+                client(),
+                any::<[bool; 3]>()
+            )
+                .prop_map(|(image, platform, pull, client, [prefetch, eager, writable])| {
+                    Request::Mount(MountRequest {
+                        image,
+                        platform,
+                        pull,
+                        client,
+                        prefetch,
+                        eager,
+                        writable,
+                    })
+                }),
             (".*", path()).prop_map(|(id, dir)| Request::Keep { id, dir }),
             ".*".prop_map(|id| Request::Release { id }),
             Just(Request::Status),

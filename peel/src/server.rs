@@ -26,6 +26,7 @@ use peel_store::Store;
 pub use socket::{LOCK, RunDir, SOCKET, START_LOCK};
 
 use crate::cli::{DaemonArgs, Global};
+use crate::describe::describe;
 use crate::logging;
 use crate::protocol::{MountStatus, Status};
 use mounts::Mounts;
@@ -67,7 +68,11 @@ impl Server {
         Status {
             pid: std::process::id(),
             uptime: self.started.elapsed(),
-            connections: self.connections.lock().unwrap_or_else(PoisonError::into_inner).open,
+            connections: self
+                .connections
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .open,
             mounts: self
                 .mounts
                 .records()
@@ -134,7 +139,7 @@ pub fn run(global: &Global, args: &DaemonArgs) -> anyhow::Result<()> {
     }
     let result = serve(&root, args);
     if let Err(error) = &result {
-        tracing::error!("{error:#}");
+        tracing::error!("{}", describe(error));
     }
     result
 }
@@ -154,14 +159,14 @@ fn prepare(store: &Path) -> anyhow::Result<PathBuf> {
 
 fn serve(root: &Path, args: &DaemonArgs) -> anyhow::Result<()> {
     let run_dir = RunDir::open(root)?;
-    let lock = run_dir.lock(LOCK, PREDECESSOR).context(
-        "the store has a server already; stop that first, or use another --store",
-    )?;
+    let lock = run_dir
+        .lock(LOCK, PREDECESSOR)
+        .context("the store has a server already; stop that first, or use another --store")?;
     let store = Store::open(root)?;
-    let service = Service::start(store.clone(), peel_fs::Options {
+    let options = peel_fs::Options {
         read_deadline: read_deadline()?,
-        ..Default::default()
-    })?;
+    };
+    let service = Service::start(store.clone(), options)?;
     let server = Arc::new(Server {
         mounts: Mounts::new(root, service.clone())?,
         service,

@@ -1,5 +1,8 @@
 //! The few system calls of this crate that have no safe wrapper.
-#![expect(unsafe_code, reason = "system calls without a safe wrapper; each block states its contract")]
+#![expect(
+    unsafe_code,
+    reason = "system calls without a safe wrapper; each block states its contract"
+)]
 
 use std::io;
 

@@ -11,7 +11,8 @@ use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 use rustix::net::{
-    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags,
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
+    SendFlags,
 };
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -79,7 +80,12 @@ impl Connection {
             let mut ancillary = SendAncillaryBuffer::new(&mut space);
             ancillary.push(SendAncillaryMessage::ScmRights(&fds));
             let sent = rustix::io::retry_on_intr(|| {
-                rustix::net::sendmsg(&self.stream, &[IoSlice::new(rest)], &mut ancillary, SendFlags::NOSIGNAL)
+                rustix::net::sendmsg(
+                    &self.stream,
+                    &[IoSlice::new(rest)],
+                    &mut ancillary,
+                    SendFlags::NOSIGNAL,
+                )
             })
             .map_err(io::Error::from)?;
             rest = rest.get(sent..).unwrap_or_default();

@@ -13,9 +13,9 @@ pub struct EstargzArgs {
     /// Cut files into chunks of this many bytes; 0 is 4 MiB
     #[arg(long, value_name = "BYTES", default_value_t = 0)]
     pub estargz_chunk_size: u64,
-    /// gzip level of the layers, 1 (fast) to 9 (small)
-    #[arg(long, value_name = "LEVEL", default_value_t = 9, value_parser = clap::value_parser!(u32).range(1..=9))]
-    pub estargz_compression_level: u32,
+    /// gzip level of the layers, 1 (fast) to 12 (small)
+    #[arg(long, value_name = "LEVEL", default_value_t = 9, value_parser = clap::value_parser!(i32).range(1..=12))]
+    pub estargz_compression_level: i32,
 }
 
 /// `peel convert`
@@ -47,10 +47,10 @@ pub struct ConvertArgs {
 #[derive(Debug, Args)]
 #[command(after_help = NAMES)]
 pub struct OptimizeArgs {
-    /// Seconds to watch the container for; it is killed then
-    #[arg(long, value_name = "SECONDS", default_value_t = 10)]
-    pub period: u64,
-    /// Watch until a line of the container's output holds this text, then kill it
+    /// Seconds to watch the container for, it is killed then [default: 10, or 300 with --wait-on-line]
+    #[arg(long, value_name = "SECONDS", conflicts_with = "wait_on_signal")]
+    pub period: Option<u64>,
+    /// Watch until a line of the container's output holds this text
     #[arg(long, value_name = "TEXT", conflicts_with = "wait_on_signal")]
     pub wait_on_line: Option<String>,
     /// Watch until SIGINT (Ctrl-C) instead of for a period

@@ -27,7 +27,11 @@ mod tests {
             clap_complete::generate(*shell, &mut Cli::command(), "peel", &mut text);
             let text = String::from_utf8(text).unwrap();
             for command in Cli::command().get_subcommands() {
-                assert!(text.contains(command.get_name()), "{shell}: {}", command.get_name());
+                assert!(
+                    text.contains(command.get_name()),
+                    "{shell}: {}",
+                    command.get_name()
+                );
             }
         }
     }

@@ -11,7 +11,7 @@ pub(super) fn run(global: &Global, args: &DaemonArgs) -> anyhow::Result<ExitCode
         Ok(()) => Ok(ExitCode::SUCCESS),
         Err(error) if args.detached => {
             // Whoever started this process reads its standard output to learn why there is no server.
-            let _ = writeln!(std::io::stdout(), "{error:#}");
+            let _ = writeln!(std::io::stdout(), "{}", crate::describe::describe(&error));
             Ok(ExitCode::FAILURE)
         }
         Err(error) => Err(error),

@@ -1,3 +1,157 @@
-//! x
-use crate::cli::{LsArgs, Global};
-pub(super) fn run(_global: &Global, _args: &LsArgs) -> anyhow::Result<()> { anyhow::bail!("not there yet") }
+//! `peel ls`: a directory of an image, from its tables of contents.
+
+use std::io::Write;
+use std::os::unix::ffi::OsStrExt;
+
+use anyhow::Context;
+use peel_image::tree::{Inode, InodeId, InodeKind, Tree};
+use serde::Serialize;
+
+use super::look::OpenImage;
+use crate::cli::{Global, LsArgs};
+
+/// One line of the listing.
+#[derive(Debug, Serialize)]
+struct Line {
+    /// Below the directory that was asked for.
+    name: String,
+    #[serde(rename = "type")]
+    kind: &'static str,
+    /// Permission bits, octal.
+    mode: String,
+    uid: u32,
+    gid: u32,
+    links: u32,
+    size: u64,
+    /// Seconds since the epoch.
+    mtime: i64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    target: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    device: Option<String>,
+}
+
+/// Prints it.
+pub(super) fn run(global: &Global, args: &LsArgs) -> anyhow::Result<()> {
+    let open = OpenImage::open(global, &args.image, args.platform.as_deref())?;
+    let tree = open.contents()?.tree;
+    let path = args.path.as_bytes();
+    let start = tree.resolve(path, true)?;
+    let mut lines = Vec::new();
+    match tree.children(start) {
+        Some(_) => list(&tree, start, &mut Vec::new(), args.recursive, &mut lines)?,
+        None => lines.push(line(&tree, start, path)?),
+    }
+    if global.json {
+        return super::print_json(&lines);
+    }
+    let mut out = std::io::BufWriter::new(std::io::stdout().lock());
+    for line in &lines {
+        if args.long {
+            print_long(&mut out, line)?;
+        } else {
+            writeln!(out, "{}", line.name)?;
+        }
+    }
+    Ok(out.flush()?)
+}
+
+fn list(
+    tree: &Tree,
+    directory: InodeId,
+    path: &mut Vec<u8>,
+    recursive: bool,
+    lines: &mut Vec<Line>,
+) -> anyhow::Result<()> {
+    // A tree has no path longer than the kernel's limit, which bounds the depth.
+    for (name, id) in tree.children(directory).into_iter().flatten() {
+        let length = path.len();
+        if length > 0 {
+            path.push(b'/');
+        }
+        path.extend_from_slice(name);
+        lines.push(line(tree, *id, path)?);
+        if recursive {
+            list(tree, *id, path, true, lines)?;
+        }
+        path.truncate(length);
+    }
+    Ok(())
+}
+
+fn line(tree: &Tree, id: InodeId, name: &[u8]) -> anyhow::Result<Line> {
+    let inode = tree.inode(id).context("inode")?;
+    let Inode {
+        metadata,
+        links,
+        kind,
+    } = inode;
+    let (kind, size, target, device) = match kind {
+        InodeKind::Directory(_) => ("directory", 0, None, None),
+        InodeKind::Regular(file) => ("file", file.size, None, None),
+        InodeKind::Symlink(target) => ("symlink", target.len() as u64, Some(printable(target)), None),
+        InodeKind::CharDevice(device) => ("character device", 0, None, Some(device)),
+        InodeKind::BlockDevice(device) => ("block device", 0, None, Some(device)),
+        InodeKind::Fifo => ("fifo", 0, None, None),
+    };
+    Ok(Line {
+        name: printable(name),
+        kind,
+        mode: format!("{:04o}", metadata.mode),
+        uid: metadata.uid,
+        gid: metadata.gid,
+        links: *links,
+        size,
+        mtime: metadata.mtime,
+        target,
+        device: device.map(|device| format!("{}:{}", device.major, device.minor)),
+    })
+}
+
+/// A name as it can be shown on a terminal: control characters of strangers must not reach it.
+fn printable(name: &[u8]) -> String {
+    String::from_utf8_lossy(name)
+        .chars()
+        .flat_map(|char| {
+            let escaped = char.is_control();
+            escaped
+                .then(|| char.escape_default())
+                .into_iter()
+                .flatten()
+                .chain((!escaped).then_some(char))
+        })
+        .collect()
+}
+
+fn print_long(out: &mut impl Write, line: &Line) -> std::io::Result<()> {
+    let kind = match line.kind {
+        "directory" => 'd',
+        "symlink" => 'l',
+        "character device" => 'c',
+        "block device" => 'b',
+        "fifo" => 'p',
+        _ => '-',
+    };
+    let size = line.device.clone().unwrap_or_else(|| line.size.to_string());
+    write!(
+        out,
+        "{kind} {} {:>3} {:>6} {:>6} {size:>12} {:>12} {}",
+        line.mode, line.links, line.uid, line.gid, line.mtime, line.name
+    )?;
+    match &line.target {
+        Some(target) => writeln!(out, " -> {target}"),
+        None => writeln!(out),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_cannot_control_the_terminal() {
+        assert_eq!(printable("plain \u{e4} name".as_bytes()), "plain \u{e4} name");
+        assert_eq!(printable(b"a\x1b[2Jb\n"), "a\\u{1b}[2Jb\\n");
+        assert_eq!(printable(b"\xff"), "\u{fffd}");
+    }
+}

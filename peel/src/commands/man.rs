@@ -22,7 +22,9 @@ fn write(dir: &Path) -> std::io::Result<()> {
         // The synopsis shows the command as it is typed, the page carries the name that man(1) looks for.
         let page = sub.clone().display_name(name.clone());
         let mut text = Vec::new();
-        clap_mangen::Man::new(page).title(name.to_uppercase()).render(&mut text)?;
+        clap_mangen::Man::new(page)
+            .title(name.to_uppercase())
+            .render(&mut text)?;
         fs::write(dir.join(format!("{name}.1")), text)?;
     }
     let mut text = Vec::new();

@@ -1,3 +1,113 @@
-//! x
-use crate::cli::{OptimizeArgs, Global};
-pub(super) fn run(_global: &Global, _args: &OptimizeArgs) -> anyhow::Result<()> { anyhow::bail!("not there yet") }
+//! `peel optimize`: runs an image, records what it reads while it starts, and writes it anew with those files first.
+
+mod sample;
+
+use std::io::Write;
+
+use anyhow::{Context, bail};
+use peel_image::layer::LayerIndex;
+use peel_image::path::EntryPath;
+use peel_image::tree::Tree;
+use peel_registry::ImageName;
+use peel_store::Store;
+
+use super::look::OpenImage;
+use super::{convert, record};
+use crate::cli::{Global, OptimizeArgs};
+use crate::client::Client;
+use crate::convert::patterns;
+use crate::convert::plan::{self, Plan};
+use crate::progress::LoadProgress;
+
+/// Records, converts, pushes; prints the manifest's digest.
+pub(super) fn run(global: &Global, args: &OptimizeArgs) -> anyhow::Result<()> {
+    let open = OpenImage::open(global, &args.source, args.load.platform.as_deref())?;
+    let plan = if let Some(path) = &args.record_in {
+        let contents = open.contents()?;
+        Plan::new(&contents.tree, &contents.layers, record::read(path)?.iter())
+    } else if let Some(path) = &args.prefetch_list {
+        let list = std::fs::read(path).with_context(|| format!("{}: cannot be read", path.display()))?;
+        let list = patterns::parse(&list).with_context(|| path.display().to_string())?;
+        let contents = open.contents()?;
+        let paths = plan::matching(&contents.tree, &list);
+        Plan::new(&contents.tree, &contents.layers, paths.iter())
+    } else {
+        sampled(global, args, &open)?
+    };
+    if let Some(path) = &args.record_out {
+        record::write(path, open.image.manifest_digest, &plan.files)?;
+    }
+    let mut err = std::io::stderr();
+    if plan.files.is_empty() {
+        let _ = writeln!(
+            err,
+            "peel: no file of the image was read; it is written without files that come first"
+        );
+    } else if !global.json {
+        let _ = writeln!(err, "{} files of the image come first", plan.files.len());
+    }
+    let settings = convert::settings(&args.layers, args.reuse, false);
+    let outcome = convert::convert(
+        global,
+        &open.runtime,
+        (&open.source, &open.image),
+        &args.target,
+        &plan,
+        settings,
+    )?;
+    convert::report(global, &args.target, &outcome)
+}
+
+/// Runs the image and finds what it read.
+fn sampled(global: &Global, args: &OptimizeArgs, open: &OpenImage) -> anyhow::Result<Plan> {
+    let mut request = super::mount_request(global, &args.source, &args.load, true)?;
+    request.image = pinned(&args.source, open)?;
+    let mut client = Client::connect(global)?;
+    let mut progress = LoadProgress::new(&args.source);
+    let (mounted, root) = client.mount(request, &mut |step| progress.update(&step))?;
+    progress.finish();
+    if mounted.manifest_digest != open.image.manifest_digest {
+        bail!(
+            "{}: its manifest changed from {} to {} meanwhile; try again",
+            args.source,
+            open.image.manifest_digest,
+            mounted.manifest_digest
+        );
+    }
+    super::report_layers(&mounted.layers);
+    let paths = sample::run(args, &mounted, root)?;
+    client.release(&mounted.id)?;
+    drop(client);
+    let layers = stored_layers(global, &mounted.manifest_digest)?;
+    let tree = Tree::merge(&layers)?;
+    Ok(Plan::new(&tree, &layers, paths.iter()))
+}
+
+/// The name with the manifest's digest, so that the server runs what will be converted even if the tag moves.
+fn pinned(source: &str, open: &OpenImage) -> anyhow::Result<String> {
+    let mut name = super::image_name(source)?;
+    if let ImageName::Registry(reference) = &mut name {
+        reference.digest = Some(open.image.manifest_digest);
+    }
+    Ok(name.to_string())
+}
+
+/// The indexes of the layers as the server has put them into the store.
+fn stored_layers(global: &Global, manifest: &peel_image::Digest) -> anyhow::Result<Vec<LayerIndex>> {
+    let store = Store::open(&std::path::absolute(&global.store).context("store directory")?)?;
+    let record = store
+        .image(manifest)?
+        .with_context(|| format!("{manifest}: no longer in the store"))?;
+    record
+        .layers
+        .iter()
+        .map(|layer| {
+            store
+                .layer(layer)?
+                .with_context(|| format!("index of the layer {layer}: no longer in the store"))
+        })
+        .collect()
+}
+
+/// Paths in the order of their first access.
+type Paths = Vec<EntryPath>;

@@ -1,3 +1,192 @@
-//! x
-use crate::cli::{RunArgs, Global};
-pub(super) fn run(_global: &Global, _args: &RunArgs) -> anyhow::Result<std::process::ExitCode> { anyhow::bail!("not there yet") }
+//! `peel run`: a container from an image that need not have arrived.
+//!
+//! The server loads and mounts the image and hands its detached mount over; this process makes the container around it,
+//! passes signals and the terminal on, and waits. The mount is leased to the connection, so whatever happens to this
+//! process, the server removes what belonged to the container.
+
+mod relay;
+mod terminal;
+
+use std::fs::File;
+use std::io::Write;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
+use std::process::ExitCode;
+use std::time::Instant;
+
+use anyhow::Context;
+use peel_fs::Progress;
+use peel_sandbox::{Container, Isolation, Overrides, Process, Stdio};
+use serde::Serialize;
+
+use crate::cli::{Global, RunArgs};
+use crate::client::Client;
+use crate::describe::describe;
+use crate::progress::LoadProgress;
+use crate::run_config;
+use crate::signals;
+use relay::FirstByte;
+
+/// What `--timing-file` writes. Times are seconds since this process began.
+#[derive(Debug, Serialize)]
+struct Timing {
+    /// Until the manifest was known.
+    resolve_s: f64,
+    /// Until the root file system was mounted.
+    mount_s: f64,
+    /// Until the first byte of output; `None` when there was none.
+    ready_s: Option<f64>,
+    /// Until the container had ended.
+    total_s: f64,
+    /// Requests to registries.
+    requests: u64,
+    /// Body bytes received.
+    bytes: u64,
+}
+
+/// Runs the container; the exit status is the container's.
+pub(super) fn run(global: &Global, args: &RunArgs) -> anyhow::Result<ExitCode> {
+    let begin = Instant::now();
+    let request = super::mount_request(global, &args.image, &args.load, !args.read_only)?;
+    let overrides = overrides(args)?;
+    let binds = args
+        .volume
+        .iter()
+        .map(|text| run_config::volume(text))
+        .collect::<anyhow::Result<Vec<_>>>()?;
+
+    let mut client = Client::connect(global)?;
+    let mut progress = LoadProgress::new(&args.image);
+    let mut resolved = None;
+    let (mounted, root) = client.mount(request, &mut |step| {
+        if matches!(step, Progress::Resolved { .. }) {
+            resolved.get_or_insert_with(|| begin.elapsed());
+        }
+        progress.update(&step);
+    })?;
+    progress.finish();
+    let mount = begin.elapsed();
+    super::report_layers(&mounted.layers);
+
+    let isolation = Isolation {
+        network: args.net.into(),
+        hostname: args
+            .hostname
+            .clone()
+            .or_else(|| args.name.clone())
+            .unwrap_or_else(|| mounted.id.clone()),
+        binds,
+    };
+    let process = Process::from_image(run_config::image_config(&mounted.config)?.as_ref(), &overrides)?;
+    let first_byte = FirstByte::new(begin);
+    let code = match contain(root, &process, &isolation, args, &first_byte) {
+        Ok(code) => code,
+        Err(error) => match error.downcast_ref::<peel_sandbox::Error>() {
+            Some(failure) => {
+                let _ = writeln!(std::io::stderr(), "peel: {}", describe(&error));
+                failure.exit_code()
+            }
+            None => return Err(error),
+        },
+    };
+
+    let total = begin.elapsed();
+    if let Some(path) = &args.timing_file {
+        let stats = client.stats()?;
+        let timing = Timing {
+            resolve_s: resolved.unwrap_or(mount).as_secs_f64(),
+            mount_s: mount.as_secs_f64(),
+            ready_s: first_byte.get().map(|ready| ready.as_secs_f64()),
+            total_s: total.as_secs_f64(),
+            requests: stats.requests.saturating_sub(mounted.stats_before.requests),
+            bytes: stats.bytes.saturating_sub(mounted.stats_before.bytes),
+        };
+        write_timing(path, &timing)?;
+    }
+    client.release(&mounted.id)?;
+    Ok(ExitCode::from(u8::try_from(code).unwrap_or(u8::MAX)))
+}
+
+fn overrides(args: &RunArgs) -> anyhow::Result<Overrides> {
+    Ok(Overrides {
+        entrypoint: args.entrypoint.clone().map(|program| vec![program]),
+        args: args.command.clone(),
+        env: run_config::variables(&args.process)?,
+        cwd: args.workdir.clone(),
+        user: args.process.user.clone(),
+        terminal: args.tty,
+        stop_signal: None,
+    })
+}
+
+fn write_timing(path: &Path, timing: &Timing) -> anyhow::Result<()> {
+    let mut text = serde_json::to_vec(timing)?;
+    text.push(b'\n');
+    std::fs::write(path, text).with_context(|| format!("{}: cannot be written", path.display()))
+}
+
+/// Makes the container, runs it to its end and returns its exit status.
+fn contain(
+    root: OwnedFd,
+    process: &Process,
+    isolation: &Isolation,
+    args: &RunArgs,
+    first_byte: &FirstByte,
+) -> anyhow::Result<i32> {
+    let own_stdin = args
+        .interactive
+        .then(|| duplicate(std::io::stdin().as_fd()))
+        .transpose()?;
+    let (stdout, output) = if args.timing_file.is_some() && !args.tty {
+        let (reader, writer) = std::io::pipe().context("pipe")?;
+        (writer.into(), Some(reader))
+    } else {
+        (duplicate(std::io::stdout().as_fd())?, None)
+    };
+    let stdio = Stdio {
+        stdin: if args.tty { None } else { own_stdin },
+        stdout,
+        stderr: duplicate(std::io::stderr().as_fd())?,
+    };
+    let mut container = Container::create(root, process, isolation, stdio)?;
+    for warning in container.warnings() {
+        tracing::warn!("{warning}");
+    }
+    signals::forward(container.signaller())?;
+    let screen = container
+        .console()
+        .map(|console| {
+            duplicate(console).and_then(|console| terminal::attach(console, args.interactive, first_byte))
+        })
+        .transpose()?;
+    if let Some(screen) = &screen {
+        screen.follow_size(&container)?;
+    }
+    let relay = output
+        .map(|output| {
+            relay::spawn(
+                "stdout",
+                File::from(OwnedFd::from(output)),
+                std::io::stdout(),
+                first_byte,
+            )
+        })
+        .transpose()?;
+    container.start()?;
+    let exit = match &screen {
+        Some(screen) => screen.wait(&mut container)?,
+        None => container.wait()?,
+    };
+    // Everything of the container is gone, so both relays come to their end.
+    if let Some(relay) = relay {
+        relay.join();
+    }
+    if let Some(screen) = screen {
+        screen.detach();
+    }
+    Ok(exit.code())
+}
+
+fn duplicate(fd: std::os::fd::BorrowedFd<'_>) -> anyhow::Result<OwnedFd> {
+    fd.try_clone_to_owned().context("descriptor")
+}

@@ -49,7 +49,9 @@ fn resolve(dir: &Path) -> anyhow::Result<PathBuf> {
     let resolved = resolved.with_context(|| absolute.display().to_string())?;
     // A symbolic link to the directory is resolved as `peel mount` did.
     match std::fs::read_link(&resolved) {
-        Ok(_) => resolved.canonicalize().with_context(|| resolved.display().to_string()),
+        Ok(_) => resolved
+            .canonicalize()
+            .with_context(|| resolved.display().to_string()),
         Err(_) => Ok(resolved),
     }
 }
@@ -63,9 +65,9 @@ fn find(records: &MountRecords, dir: &Path, mount: Option<&Mount>) -> anyhow::Re
         .filter_map(|(_, record)| record.filter(|record| record.dir.is_some()))
         .collect();
     let overlay = mount.filter(|mount| mount.kind == b"overlay");
-    let mounted = all
-        .iter()
-        .find(|record| record.boot_id == boot_id && overlay.is_some_and(|mount| mount.device == record.device));
+    let mounted = all.iter().find(|record| {
+        record.boot_id == boot_id && overlay.is_some_and(|mount| mount.device == record.device)
+    });
     let gone = || {
         all.iter()
             .find(|record| overlay.is_none() && record.dir.as_deref() == Some(dir))

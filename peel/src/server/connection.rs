@@ -11,7 +11,10 @@ use peel_fs::{Image, Progress};
 use peel_registry::ImageName;
 
 use super::Server;
-use crate::protocol::{HEARTBEAT, MountRequest, Mounted, PROGRAM_VERSION, Request, Response, SILENCE, VERSION};
+use crate::describe::describe;
+use crate::protocol::{
+    HEARTBEAT, MountRequest, Mounted, PROGRAM_VERSION, Request, Response, SILENCE, VERSION,
+};
 use crate::wire::{Connection, Error};
 
 /// Progress messages that may wait for a slow client before the less important ones are left out.
@@ -176,14 +179,13 @@ fn done(result: anyhow::Result<()>) -> Response {
     match result {
         Ok(()) => Response::Done,
         Err(error) => Response::Error {
-            message: format!("{error:#}"),
+            message: describe(&error),
         },
     }
 }
 
 fn failure(image: &str, error: &anyhow::Error) -> Response {
-    tracing::warn!(image, "not mounted: {error:#}");
-    Response::Error {
-        message: format!("{error:#}"),
-    }
+    let message = describe(error);
+    tracing::warn!(image, "not mounted: {message}");
+    Response::Error { message }
 }

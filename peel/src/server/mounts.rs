@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use anyhow::Context;
 use peel_fs::{Image, MountedImage, Service};
 
+use crate::describe::describe;
 use crate::mount_records::{MountRecord, MountRecords, boot_id, new_id};
 use crate::mountinfo::{self, DeviceNumber};
 
@@ -57,11 +58,19 @@ impl Mounts {
 
     /// The records of all mounts.
     pub(super) fn records(&self) -> Vec<MountRecord> {
-        lock(&self.table).values().map(|kept| kept.record.clone()).collect()
+        lock(&self.table)
+            .values()
+            .map(|kept| kept.record.clone())
+            .collect()
     }
 
     /// Mounts an image, detached; returns the mount's name and a descriptor of it.
-    pub(super) fn add(&self, name: &str, image: Arc<Image>, writable: bool) -> anyhow::Result<(String, OwnedFd)> {
+    pub(super) fn add(
+        &self,
+        name: &str,
+        image: Arc<Image>,
+        writable: bool,
+    ) -> anyhow::Result<(String, OwnedFd)> {
         let id = new_id().context("/dev/urandom")?;
         lock(&self.unfinished).insert(id.clone());
         let result = self.add_as(&id, name, image, writable);
@@ -74,7 +83,9 @@ impl Mounts {
 
     fn add_as(&self, id: &str, name: &str, image: Arc<Image>, writable: bool) -> anyhow::Result<OwnedFd> {
         let scratch = self.records.create(id)?;
-        let mount = self.service.mount(&image, writable.then_some(scratch.as_path()))?;
+        let mount = self
+            .service
+            .mount(&image, writable.then_some(scratch.as_path()))?;
         let fd = mount.try_clone_fd().context("mount descriptor")?;
         let stat = rustix::fs::fstat(&fd).context("mount descriptor")?;
         let record = MountRecord {
@@ -109,7 +120,9 @@ impl Mounts {
 
     /// Whether the mount outlives its connection.
     pub(super) fn is_kept(&self, id: &str) -> bool {
-        lock(&self.table).get(id).is_some_and(|kept| kept.record.dir.is_some())
+        lock(&self.table)
+            .get(id)
+            .is_some_and(|kept| kept.record.dir.is_some())
     }
 
     /// Drops the mount and removes its writable layer. Harmless for one that is gone.
@@ -122,21 +135,25 @@ impl Mounts {
 
     fn remove_files(&self, id: &str) {
         if let Err(error) = self.records.remove(id) {
-            tracing::warn!("writable layer of a mount that is gone: {error:#}");
+            tracing::warn!("writable layer of a mount that is gone: {}", describe(&error));
         }
     }
 
     /// Releases kept mounts that nobody has mounted any more, and removes what dead servers left.
     pub(super) fn clean_up(&self) {
         if let Err(error) = self.try_clean_up() {
-            tracing::warn!("looking for mounts that are gone: {error:#}");
+            tracing::warn!("looking for mounts that are gone: {}", describe(&error));
         }
     }
 
     fn try_clean_up(&self) -> anyhow::Result<()> {
         // The order matters: a mount that is made while this runs is in the table before it is on the list.
         let listed = self.records.list()?;
-        let kept: Vec<MountRecord> = self.records().into_iter().filter(|record| record.dir.is_some()).collect();
+        let kept: Vec<MountRecord> = self
+            .records()
+            .into_iter()
+            .filter(|record| record.dir.is_some())
+            .collect();
         let orphans: Vec<(String, Option<MountRecord>)> = listed
             .into_iter()
             .filter(|(id, _)| !lock(&self.unfinished).contains(id) && !lock(&self.table).contains_key(id))

@@ -58,9 +58,12 @@ impl RunDir {
         loop {
             match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
                 Ok(()) => return Ok(file),
-                Err(rustix::io::Errno::WOULDBLOCK) if Instant::now() < deadline => std::thread::sleep(LOCK_EVERY),
+                Err(rustix::io::Errno::WOULDBLOCK) if Instant::now() < deadline => {
+                    std::thread::sleep(LOCK_EVERY)
+                }
                 Err(error) => {
-                    return Err(io::Error::from(error)).with_context(|| format!("{}: not locked", path.display()));
+                    return Err(io::Error::from(error))
+                        .with_context(|| format!("{}: not locked", path.display()));
                 }
             }
         }
@@ -90,7 +93,10 @@ impl RunDir {
             Ok(listener)
         })
         .with_context(|| format!("{}: cannot listen", shown().display()))
-        .map(|listener| Listener { listener, run_dir: self })
+        .map(|listener| Listener {
+            listener,
+            run_dir: self,
+        })
     }
 }
 

@@ -1,0 +1,103 @@
+//! Images opened where they are, for the commands that need neither store nor server.
+
+use std::io::Write;
+
+use anyhow::Context;
+use peel_image::layer::LayerIndex;
+use peel_image::tree::Tree;
+use peel_registry::{Blob, ResolvedImage, Source};
+use tokio::runtime::Runtime;
+
+use crate::cli::Global;
+use crate::layers;
+
+/// An image in its registry, layout or archive.
+pub(super) struct OpenImage {
+    /// Runs the requests.
+    pub(super) runtime: Runtime,
+    /// Where it is.
+    pub(super) source: Source,
+    /// Its manifest.
+    pub(super) image: ResolvedImage,
+}
+
+/// The merged tree of an image and what is needed to read its files.
+pub(super) struct Contents {
+    /// The tree.
+    pub(super) tree: Tree,
+    /// The layers, lowest first.
+    pub(super) layers: Vec<LayerIndex>,
+    /// Their blobs.
+    pub(super) blobs: Vec<Blob>,
+}
+
+impl OpenImage {
+    /// Finds the image's manifest.
+    pub(super) fn open(global: &Global, name: &str, platform: Option<&str>) -> anyhow::Result<Self> {
+        let name = super::image_name(name)?;
+        let options = super::client_options(global)?;
+        let runtime = super::runtime()?;
+        let (source, image) = runtime.block_on(async {
+            let source = Source::open(&name, &options).await?;
+            let image = source.resolve(platform).await?;
+            anyhow::Ok((source, image))
+        })?;
+        Ok(Self {
+            runtime,
+            source,
+            image,
+        })
+    }
+
+    /// Reads the metadata of all layers and merges it. A layer without a usable TOC is read whole, which is said on
+    /// standard error.
+    pub(super) fn contents(&self) -> anyhow::Result<Contents> {
+        let descriptors = self.image.manifest.layers();
+        let blobs = descriptors
+            .iter()
+            .map(|descriptor| self.source.blob(descriptor))
+            .collect::<Result<Vec<_>, _>>()?;
+        let examined: Vec<_> = blobs
+            .iter()
+            .cloned()
+            .zip(descriptors.iter().cloned())
+            .map(|(blob, descriptor)| {
+                self.runtime
+                    .spawn(async move { layers::examine(&blob, &descriptor).await })
+            })
+            .collect();
+        let mut indexes = Vec::new();
+        for (position, task) in examined.into_iter().enumerate() {
+            let examined = self.runtime.block_on(task).context("task")??;
+            let index = match examined.index {
+                Ok(index) => index,
+                Err(reason) => self.whole(
+                    blobs.get(position).context("layer")?,
+                    position,
+                    blobs.len(),
+                    &reason,
+                )?,
+            };
+            indexes.push(index);
+        }
+        let tree = Tree::merge(&indexes)?;
+        Ok(Contents {
+            tree,
+            layers: indexes,
+            blobs,
+        })
+    }
+
+    fn whole(&self, blob: &Blob, position: usize, count: usize, reason: &str) -> anyhow::Result<LayerIndex> {
+        let _ = writeln!(
+            std::io::stderr(),
+            "peel: layer {} of {count} is read whole ({} bytes): {reason}",
+            position + 1,
+            blob.size()
+        );
+        let stream = self
+            .runtime
+            .block_on(layers::reader(blob, self.runtime.handle()))?;
+        layers::index_whole(stream).with_context(|| format!("layer {}", blob.digest()))
+    }
+}
