@@ -4,7 +4,8 @@
 //! places. For each prioritized path, in the given order: its parent directories (the root directory too, where it has an
 //! entry), for a hard link its target, then the entry itself. Then the landmark, then everything else in the order of the
 //! input. A path that has no entry is left out and reported; so is one whose parent or link target has none, and then what
-//! was moved for its sake stays moved. Symbolic links are not followed.
+//! was moved for its sake stays moved. Symbolic links are not followed. Layers without entries for parent directories exist
+//! (Bazel makes them): [`Orphans::Move`] departs from upstream to have their files first too.
 //!
 //! Where upstream would not return, on hard links that lead back to themselves, the circle is cut where it closes.
 
@@ -43,9 +44,19 @@ pub struct Order {
     pub missing: Vec<Missing>,
 }
 
+/// What becomes of a prioritized path with a parent directory that has no entry.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Orphans {
+    /// It stays where it was and is reported, as with upstream.
+    #[default]
+    Leave,
+    /// It is moved with those of its parents that have entries. Unpackers make the others, as they had to before.
+    Move,
+}
+
 /// Puts the entries in order. Of several entries with one path the last one counts and the others are dropped; reserved
 /// names ([`is_reserved`]) are dropped too.
-pub fn sort<P: AsRef<[u8]>>(items: &[Item<'_>], prioritized: &[P]) -> Order {
+pub fn sort<P: AsRef<[u8]>>(items: &[Item<'_>], prioritized: &[P], orphans: Orphans) -> Order {
     let mut last: HashMap<&[u8], usize> = HashMap::with_capacity(items.len());
     for (index, item) in items.iter().enumerate() {
         if !is_reserved(item.path) {
@@ -54,6 +65,7 @@ pub fn sort<P: AsRef<[u8]>>(items: &[Item<'_>], prioritized: &[P]) -> Order {
     }
     let mut mover = Mover {
         items,
+        orphans,
         last,
         states: vec![State::Waiting; items.len()],
         moved: Vec::new(),
@@ -99,6 +111,7 @@ enum State {
 
 struct Mover<'a> {
     items: &'a [Item<'a>],
+    orphans: Orphans,
     last: HashMap<&'a [u8], usize>,
     states: Vec<State>,
     moved: Vec<usize>,
@@ -106,6 +119,7 @@ struct Mover<'a> {
 
 /// One step of the work that is still to be done. It is kept on the heap: chains of links can be as long as a layer.
 enum Step {
+    Parent(EntryPath),
     Visit(EntryPath),
     Follow(usize),
     Move(usize),
@@ -118,7 +132,10 @@ impl Mover<'_> {
         let mut outcome = Ok(());
         while let Some(step) = steps.pop() {
             match step {
-                Step::Visit(path) => match self.last.get(path.as_bytes()).copied() {
+                Step::Parent(path) if self.skips(&path) => {
+                    steps.extend(path.parent().map(Step::Parent));
+                }
+                Step::Parent(path) | Step::Visit(path) => match self.last.get(path.as_bytes()).copied() {
                     None if path.is_root() => {}
                     None => {
                         outcome = Err(path);
@@ -129,7 +146,7 @@ impl Mover<'_> {
                         self.set(index, State::Open);
                         steps.push(Step::Move(index));
                         steps.push(Step::Follow(index));
-                        steps.extend(path.parent().map(Step::Visit));
+                        steps.extend(path.parent().map(Step::Parent));
                     }
                 },
                 Step::Follow(index) => {
@@ -149,6 +166,11 @@ impl Mover<'_> {
             }
         }
         outcome
+    }
+
+    /// Whether this parent directory may be absent.
+    fn skips(&self, path: &EntryPath) -> bool {
+        self.orphans == Orphans::Move && !self.last.contains_key(path.as_bytes())
     }
 
     fn state(&self, index: usize) -> State {
@@ -171,6 +193,10 @@ mod tests {
     /// Entries written as `name` or `name -> hard link target`; the result with `|` for the landmark and numbers after
     /// names that occur more than once (`name#position`).
     fn sorted(input: &str, prioritized: &[&str]) -> (String, Vec<String>) {
+        sorted_with(input, prioritized, Orphans::Leave)
+    }
+
+    fn sorted_with(input: &str, prioritized: &[&str], orphans: Orphans) -> (String, Vec<String>) {
         let clean = |name: &str| EntryPath::clean(name.as_bytes()).unwrap();
         let parsed: Vec<(&str, EntryPath, Option<EntryPath>)> = input
             .split_whitespace()
@@ -186,7 +212,7 @@ mod tests {
                 link: link.as_ref(),
             })
             .collect();
-        let order = sort(&items, prioritized);
+        let order = sort(&items, prioritized, orphans);
         let name = |index: &usize| {
             let (name, path, _) = &parsed[*index];
             let count = parsed.iter().filter(|(_, other, _)| other == path).count();
@@ -339,6 +365,25 @@ mod tests {
     }
 
     #[test]
+    fn orphans_can_be_moved() {
+        for (input, prioritized, expected, missing) in [
+            ("a d/f b", vec!["d/f", "b"], "d/f b | a", vec![]),
+            ("./ a d/ d/e/f", vec!["d/e/f"], "./ d/ d/e/f | a", vec![]),
+            ("a x/t d/l->x/t", vec!["d/l"], "x/t d/l->x/t | a", vec![]),
+            (
+                "a d/ d/l->gone",
+                vec!["d/l", "d/x"],
+                "d/ | a d/l->gone",
+                vec!["d/l: /gone", "d/x: /d/x"],
+            ),
+        ] {
+            let missing: Vec<String> = missing.into_iter().map(str::to_owned).collect();
+            let outcome = sorted_with(input, &prioritized, Orphans::Move);
+            assert_eq!(outcome, (expected.to_owned(), missing), "{input}");
+        }
+    }
+
+    #[test]
     fn circles_are_cut() {
         for (input, prioritized, expected) in [
             ("a->a b", vec!["a"], "a->a | b"),
@@ -367,7 +412,7 @@ mod tests {
                 link: paths.get(index + 1),
             })
             .collect();
-        let order = sort(&items, &["f0"]);
+        let order = sort(&items, &["f0"], Orphans::Leave);
         assert_eq!(order.first, (0..count).rev().collect::<Vec<_>>());
         assert_eq!((order.rest, order.missing), (vec![], vec![]));
     }
@@ -378,17 +423,19 @@ mod tests {
         fn nothing_is_lost(
             names in proptest::collection::vec(("[abc](/[abc]){0,2}", proptest::option::of("[abc](/[abc]){0,2}")), 0..20),
             prioritized in proptest::collection::vec("[abcd](/[abc]){0,2}", 0..6),
+            orphans in any::<bool>(),
         ) {
             let clean = |name: &String| EntryPath::clean(name.as_bytes()).unwrap();
             let parsed: Vec<_> = names.iter().map(|(name, link)| (clean(name), link.as_ref().map(clean))).collect();
             let items: Vec<Item<'_>> = parsed.iter().map(|(path, link)| Item { path, link: link.as_ref() }).collect();
-            let order = sort(&items, &prioritized);
+            let order = sort(&items, &prioritized, if orphans { Orphans::Move } else { Orphans::Leave });
             let mut all: Vec<usize> = order.first.iter().chain(&order.rest).copied().collect();
             for (position, index) in order.first.iter().enumerate() {
                 let parent = parsed[*index].0.parent().unwrap();
                 let is_before = |path: &EntryPath| order.first[..position].iter().any(|other| parsed[*other].0 == *path);
                 let in_circle = parsed.iter().any(|(_, link)| link.is_some());
-                prop_assert!(parent.is_root() || is_before(&parent) || in_circle);
+                let is_orphan = orphans && parsed.iter().all(|(path, _)| *path != parent);
+                prop_assert!(parent.is_root() || is_before(&parent) || in_circle || is_orphan);
             }
             all.sort_unstable();
             let last: Vec<usize> = (0..parsed.len())

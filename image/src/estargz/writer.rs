@@ -22,7 +22,7 @@ use std::thread;
 use libdeflater::{CompressionLvl, Compressor};
 
 use super::index::RECORDS_MAX;
-use super::order::{Item, Missing, Order, sort};
+use super::order::{Item, Missing, Order, Orphans, sort};
 use super::pool::WorkerLost;
 use super::spool::Spool;
 use super::{TOC_JSON_MAX, TOC_NAME};
@@ -33,8 +33,10 @@ use crate::tar::TarError;
 pub const DEFAULT_CHUNK_SIZE: u64 = 4 << 20;
 /// Largest chunk size: a reader holds a chunk in memory, compressed and not, and so does the writer several times.
 pub const MAX_CHUNK_SIZE: u64 = 32 << 20;
-/// See [`Options::level`].
-pub const DEFAULT_LEVEL: i32 = 6;
+/// See [`Options::level`]. On 300 MB of Debian's /usr in 12,000 files it takes 0.6 of the CPU time of `pigz -6` and gives 1.06 of its
+/// size (level 6: 0.45 and 1.065; 8: 0.9 and 1.055; 9: 1.2 and 1.054): what is missing is the context across files, which no
+/// level brings back.
+pub const DEFAULT_LEVEL: i32 = 7;
 /// Most threads: beyond that the one that reads the input is the bottleneck.
 const MAX_THREADS: usize = 32;
 
@@ -48,6 +50,8 @@ pub struct Options {
     /// Files that come first, in this order; see [`super::order`]. With an empty list the layer says that there is nothing
     /// to prefetch.
     pub prioritized: Vec<Vec<u8>>,
+    /// Whether prioritized files move although the layer has no entries for their parent directories.
+    pub orphans: Orphans,
     /// Threads that compress; 0 for one per core. The output does not depend on it.
     pub threads: usize,
 }
@@ -58,6 +62,7 @@ impl Default for Options {
             chunk_size: 0,
             level: DEFAULT_LEVEL,
             prioritized: Vec::new(),
+            orphans: Orphans::default(),
             threads: 0,
         }
     }
@@ -170,7 +175,7 @@ where
                 link: link.as_ref(),
             })
             .collect();
-        sort(&items, &options.prioritized)
+        sort(&items, &options.prioritized, options.orphans)
     };
     drop(intake.names);
     let places = |indices: &[usize]| -> Vec<_> {
