@@ -18,12 +18,12 @@
 //!
 //! | block | content |
 //! |---|---|
-//! | 0 | superblock at byte 1024 ([`format`]) |
+//! | 0 | superblock at byte 1024 (`format`) |
 //! | 1... | inodes in the tree's order, each with its attributes, then its inline data or chunk entry |
 //! | then | attributes that several inodes share |
 //! | then | blocks of directories and symbolic links that did not fit beside their inode |
 //!
-//! Two passes over the tree: the first gives every inode its place ([`layout`]), the second writes from front to back.
+//! Two passes over the tree: the first gives every inode its place (`layout`), the second writes from front to back.
 //! The output depends on nothing but the tree.
 //!
 //! # What an image cannot say
@@ -275,4 +275,4 @@ impl Output<'_> {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -11,7 +11,6 @@ use zerocopy::IntoBytes;
 
 use super::format::{XATTR_ALIGN, XATTR_ENTRY_SIZE, XATTR_HEADER_SIZE, XattrEntry, XattrHeader};
 use super::{Output, Problem};
-use crate::Store;
 use crate::error::Error;
 
 /// Name prefixes and their numbers (`EROFS_XATTR_INDEX_*`).
@@ -32,8 +31,16 @@ const NAME_MAX: usize = 255;
 const VALUE_MAX: usize = 65_535;
 /// Longest attribute body: `xattr_count` has 16 bits.
 const BODY_MAX: u64 = XATTR_HEADER_SIZE + (65_535 - 1) * XATTR_ALIGN;
-/// Most shared attributes of one inode: the count has 8 bits.
-const SHARED_MAX: usize = 255;
+/// Most of an inode's own attributes that can be shared ones: the count has 8 bits, and the metacopy mark takes one.
+const SHARED_MAX: usize = 254;
+
+/// Shared id of `trusted.overlay.metacopy`.
+const METACOPY_ID: u32 = 0;
+/// Length of `/ab/cdef...`.
+const REDIRECT_SIZE: usize = 66;
+/// Length of the entry of `trusted.overlay.redirect`.
+const REDIRECT_ENTRY_SIZE: u64 =
+    (XATTR_ENTRY_SIZE + REDIRECT.len() as u64 + REDIRECT_SIZE as u64).next_multiple_of(XATTR_ALIGN);
 
 /// One attribute as the image has it.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
@@ -66,7 +73,7 @@ impl Attribute<'_> {
 
 /// The attributes of a tree.
 pub(super) struct Xattrs<'a> {
-    /// Attributes that are written once, and their ids.
+    /// The image's own attributes that are written once, and their ids; [`METACOPY_ID`] goes before them.
     shared: BTreeMap<Attribute<'a>, u32>,
     shared_size: u64,
 }
@@ -86,8 +93,8 @@ impl<'a> Xattrs<'a> {
         }
         // A reference of 4 bytes for an entry of 4 gains nothing.
         uses.retain(|attribute, uses| *uses > 1 && attribute.size() > 4);
-        uses.insert(metacopy(), 0);
-        let mut shared_size = 0;
+        // The first entry is the one that every file has.
+        let mut shared_size = metacopy().size();
         for (attribute, id) in &mut uses {
             *id = u32::try_from(shared_size / XATTR_ALIGN)
                 .map_err(|_| Problem::new(InodeId(0), "the extended attributes exceed 16 GiB"))?;
@@ -120,7 +127,12 @@ impl<'a> Xattrs<'a> {
             }
         }
         let (shared, own) = self.split(inode);
-        let entries = shared.len() as u64 * XATTR_ALIGN + own.iter().map(Attribute::size).sum::<u64>();
+        let overlay = match redirect(inode) {
+            Some(_) => XATTR_ALIGN + REDIRECT_ENTRY_SIZE,
+            None => 0,
+        };
+        let entries =
+            overlay + shared.len() as u64 * XATTR_ALIGN + own.iter().map(Attribute::size).sum::<u64>();
         if entries == 0 {
             return Ok(0);
         }
@@ -137,18 +149,31 @@ impl<'a> Xattrs<'a> {
     /// Writes the inode's attribute body.
     pub(super) fn encode(&self, inode: &Inode, out: &mut Output<'_>) -> Result<(), Error> {
         let (shared, own) = self.split(inode);
-        if shared.is_empty() && own.is_empty() {
+        let redirect = redirect(inode);
+        if shared.is_empty() && own.is_empty() && redirect.is_none() {
             return Ok(());
         }
+        let count = shared.len() + usize::from(redirect.is_some());
         let header = XattrHeader {
             name_filter: 0.into(),
-            shared_count: u8::try_from(shared.len()).unwrap_or(u8::MAX),
+            shared_count: u8::try_from(count).unwrap_or(u8::MAX),
             reserved: [0; 7],
         };
-        let mut body = Vec::with_capacity(160);
+        let mut body = Vec::with_capacity(128);
         body.extend_from_slice(header.as_bytes());
+        if redirect.is_some() {
+            body.extend_from_slice(&METACOPY_ID.to_le_bytes());
+        }
         for id in shared {
             body.extend_from_slice(&id.to_le_bytes());
+        }
+        if let Some(path) = redirect {
+            let attribute = Attribute {
+                index: TRUSTED_INDEX,
+                name: Cow::Borrowed(REDIRECT),
+                value: Cow::Borrowed(&path),
+            };
+            attribute.encode(&mut body);
         }
         for attribute in own {
             attribute.encode(&mut body);
@@ -159,7 +184,7 @@ impl<'a> Xattrs<'a> {
     /// Writes the shared area.
     pub(super) fn encode_shared(&self, out: &mut Output<'_>) -> Result<(), Error> {
         let mut body = Vec::new();
-        for attribute in self.shared.keys() {
+        for attribute in std::iter::once(&metacopy()).chain(self.shared.keys()) {
             body.clear();
             attribute.encode(&mut body);
             out.put(&body)?;
@@ -167,11 +192,11 @@ impl<'a> Xattrs<'a> {
         Ok(())
     }
 
-    /// Ids of the inode's shared attributes, and those that it has for itself.
+    /// Ids of the shared ones among the inode's own attributes, and those that it has for itself.
     fn split<'i>(&self, inode: &'i Inode) -> (Vec<u32>, Vec<Attribute<'i>>) {
         let mut shared = Vec::new();
         let mut alone = Vec::new();
-        for attribute in all(inode) {
+        for attribute in own(inode) {
             match self.shared.get(&attribute) {
                 Some(id) if shared.len() < SHARED_MAX => shared.push(*id),
                 _ => alone.push(attribute),
@@ -197,21 +222,31 @@ fn metacopy<'a>() -> Attribute<'a> {
     }
 }
 
-/// What overlayfs needs to find the content, and the image's own attributes.
-fn all(inode: &Inode) -> impl Iterator<Item = Attribute<'_>> {
-    let overlay = match &inode.kind {
-        InodeKind::Regular(file) if file.size > 0 => {
-            let path = format!("/{}", Store::object_name(&file.object));
-            let redirect = Attribute {
-                index: TRUSTED_INDEX,
-                name: Cow::Borrowed(REDIRECT),
-                value: Cow::Owned(path.into_bytes()),
-            };
-            Some([metacopy(), redirect])
-        }
-        _ => None,
+/// Where overlayfs finds the content of a regular file that is not empty: `/ab/cdef...`, as in
+/// [`crate::Store::object_name`].
+fn redirect(inode: &Inode) -> Option<[u8; REDIRECT_SIZE]> {
+    const DIGITS: &[u8; 16] = b"0123456789abcdef";
+    let InodeKind::Regular(file) = &inode.kind else {
+        return None;
     };
-    overlay.into_iter().flatten().chain(own(inode))
+    if file.size == 0 {
+        return None;
+    }
+    let mut path = [b'/'; REDIRECT_SIZE];
+    let digits = file
+        .object
+        .as_bytes()
+        .iter()
+        .flat_map(|byte| [byte >> 4, byte & 0xf]);
+    // The two slashes are at 0 and 3.
+    let places = path
+        .iter_mut()
+        .enumerate()
+        .filter(|(place, _)| !matches!(place, 0 | 3));
+    for ((_, place), digit) in places.zip(digits) {
+        *place = DIGITS[usize::from(digit)];
+    }
+    Some(path)
 }
 
 /// The image's own attributes, as far as Linux knows their namespace.

@@ -1,1 +1,223 @@
+//! Lock, marker, and the loss of what was not on the disk.
 
+use std::os::unix::fs::PermissionsExt;
+
+use peel_image::Digest;
+
+use super::*;
+use crate::erofs::tests::build::TreeBuilder;
+use crate::tests::{TestStore, noise};
+
+fn mark(store: &Store) -> Option<Mark> {
+    store.inner.marker.read().unwrap()
+}
+
+/// Rewrites the marker on disk as an earlier boot might have left it.
+fn set_mark(store: &Store, change: impl FnOnce(&mut Mark)) {
+    let mut mark = mark(store).unwrap();
+    change(&mut mark);
+    fs::write(store.root().join("marker"), serde_json::to_string(&mark).unwrap()).unwrap();
+}
+
+fn add(store: &Store, seed: u64) -> Digest {
+    let content = noise(3000, seed);
+    let digest = Digest::of(&content);
+    store.add_verified(&digest, &content).unwrap();
+    digest
+}
+
+/// What a power loss does to a file whose blocks were never written.
+fn cut(store: &Store, digest: &Digest) {
+    let path = store.object_path(digest);
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o644)).unwrap();
+    File::options()
+        .write(true)
+        .open(&path)
+        .unwrap()
+        .set_len(1000)
+        .unwrap();
+}
+
+#[test]
+fn a_store_has_one_owner() {
+    let test = TestStore::new();
+    let second = Store::open(test.store.root()).unwrap();
+    match second.lock() {
+        Err(Error::Locked { holder, .. }) => assert_eq!(holder, std::process::id().to_string()),
+        other => panic!("{other:?}"),
+    }
+    let clone = test.store.clone();
+    drop(test.store);
+    assert!(second.lock().is_err(), "a clone still holds it");
+    drop(clone);
+    second.lock().unwrap();
+}
+
+#[test]
+fn the_marker_follows_writes_and_checkpoints() {
+    let test = TestStore::new();
+    assert_eq!(mark(&test.store), None, "nothing to lose, nothing to write");
+    add(&test.store, 1);
+    assert!(!mark(&test.store).unwrap().clean);
+    let early = now();
+    test.store.checkpoint().unwrap();
+    let after = mark(&test.store).unwrap();
+    assert!(after.clean && after.checkpoint >= early);
+    test.store.checkpoint().unwrap();
+    assert_eq!(
+        mark(&test.store),
+        Some(after),
+        "a clean store needs no second checkpoint"
+    );
+    add(&test.store, 1);
+    assert!(
+        mark(&test.store).unwrap().clean,
+        "an object that is there is no write"
+    );
+    add(&test.store, 2);
+    assert!(!mark(&test.store).unwrap().clean);
+
+    let writing = test.store.begin_write().unwrap();
+    test.store.checkpoint().unwrap();
+    let during = mark(&test.store).unwrap();
+    assert!(!during.clean && during.checkpoint >= early, "{during:?}");
+    drop(writing);
+    test.store.checkpoint().unwrap();
+    assert!(mark(&test.store).unwrap().clean);
+}
+
+#[test]
+fn a_kill_alone_changes_nothing() {
+    let test = TestStore::new();
+    let digest = add(&test.store, 1);
+    cut(&test.store, &digest);
+    let test = test.reopen();
+    assert!(
+        test.store.has_object(&digest),
+        "same boot: the page cache has everything, nothing is hashed"
+    );
+    assert!(!mark(&test.store).unwrap().clean);
+}
+
+#[test]
+fn after_a_power_loss_damaged_objects_are_gone() {
+    let test = TestStore::new();
+    let manifest = Digest::of(b"manifest");
+    test.store
+        .put_erofs_image(&manifest, &TreeBuilder::new().finish())
+        .unwrap();
+    let good: Vec<Digest> = (0..50).map(|seed| add(&test.store, seed)).collect();
+    let bad: Vec<Digest> = (100..110).map(|seed| add(&test.store, seed)).collect();
+    for digest in &bad {
+        cut(&test.store, digest);
+    }
+    let stray = test.store.objects_dir().join("ab/not a digest");
+    fs::write(&stray, "x").unwrap();
+    set_mark(&test.store, |mark| mark.boot_id = "another boot".into());
+    let test = test.reopen();
+    assert!(good.iter().all(|digest| test.store.has_object(digest)));
+    assert!(!bad.iter().any(|digest| test.store.has_object(digest)));
+    assert!(!stray.exists());
+    assert_eq!(test.store.erofs_image(&manifest), None);
+    assert!(
+        mark(&test.store).unwrap().clean,
+        "recovery ends with a checkpoint"
+    );
+}
+
+#[test]
+fn objects_before_the_checkpoint_are_trusted() {
+    let test = TestStore::new();
+    let digest = add(&test.store, 1);
+    cut(&test.store, &digest);
+    set_mark(&test.store, |mark| {
+        mark.boot_id = "another boot".into();
+        mark.checkpoint = now() + 60 * 1_000_000_000;
+    });
+    let test = test.reopen();
+    assert!(test.store.has_object(&digest));
+
+    add(&test.store, 2);
+    set_mark(&test.store, |mark| {
+        (mark.boot_id, mark.clean) = ("another boot".into(), true);
+    });
+    let test = test.reopen();
+    assert!(test.store.has_object(&digest), "a clean store is not checked");
+}
+
+#[test]
+fn without_a_marker_everything_is_checked() {
+    for damage in [true, false] {
+        let test = TestStore::new();
+        let (good, bad) = (add(&test.store, 1), add(&test.store, 2));
+        test.store.checkpoint().unwrap();
+        cut(&test.store, &bad);
+        let path = test.store.root().join("marker");
+        if damage {
+            fs::write(path, "{").unwrap();
+        } else {
+            fs::remove_file(path).unwrap();
+        }
+        let test = test.reopen();
+        assert!(test.store.has_object(&good) && !test.store.has_object(&bad));
+    }
+}
+
+#[test]
+fn a_clock_that_is_set_back_takes_the_checkpoint_along() {
+    let test = TestStore::new();
+    add(&test.store, 1);
+    let future = now() + 3600 * 1_000_000_000;
+    set_mark(&test.store, |mark| mark.checkpoint = future);
+    let test = test.reopen();
+    add(&test.store, 2);
+    assert!(mark(&test.store).unwrap().checkpoint < future - 3000 * 1_000_000_000);
+}
+
+#[test]
+fn half_finished_work_is_cleared() {
+    let test = TestStore::new();
+    let digest = add(&test.store, 1);
+    let root = test.store.root().to_owned();
+    let (data, map) = test.store.partial_paths(&digest);
+    let (lone, _) = test.store.partial_paths(&Digest::of(b"lone"));
+    for path in [
+        &root.join("tmp/1-1"),
+        &data,
+        &map,
+        &lone,
+        &data.with_extension("junk"),
+    ] {
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(path, "x").unwrap();
+    }
+    let test = test.reopen();
+    assert_eq!(fs::read_dir(root.join("tmp")).unwrap().count(), 0);
+    assert_eq!(test.store.usage().unwrap().partials.files, 0);
+    assert!(!map.exists() && !data.with_extension("junk").exists());
+    assert!(test.store.has_object(&digest));
+}
+
+#[test]
+fn writers_and_checkpoints_race_without_a_false_clean() {
+    let test = TestStore::new();
+    std::thread::scope(|scope| {
+        for thread in 0..3_u64 {
+            let store = &test.store;
+            scope.spawn(move || {
+                for number in 0..100 {
+                    let writing = store.begin_write().unwrap();
+                    assert!(!mark(store).unwrap().clean, "writer {thread}, write {number}");
+                    drop(writing);
+                }
+            });
+        }
+        scope.spawn(|| {
+            for _ in 0..10 {
+                test.store.checkpoint().unwrap();
+            }
+        });
+    });
+    test.store.checkpoint().unwrap();
+    assert!(mark(&test.store).unwrap().clean);
+}
