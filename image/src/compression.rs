@@ -205,8 +205,12 @@ pub fn inflate_member(data: &[u8], size_hint: Option<u64>, limit: u64) -> Result
 /// The uncompressed size of the last gzip member in `data`, if its trailer is believable (RFC 1952, ISIZE).
 fn gzip_trailer(data: &[u8]) -> Option<u64> {
     let size = u64::from(u32::from_le_bytes(*data.last_chunk()?));
-    let believable = u64::try_from(data.len()).ok()?.saturating_mul(DEFLATE_RATIO_MAX);
-    (size <= believable).then_some(size)
+    Some(size).filter(|size| believable(data, *size))
+}
+
+/// Whether deflate can make `size` bytes of `data`.
+fn believable(data: &[u8], size: u64) -> bool {
+    u64::try_from(data.len()).is_ok_and(|length| size <= length.saturating_mul(DEFLATE_RATIO_MAX))
 }
 
 /// The first member of `data` if it uncompresses to `size` bytes or fewer.
@@ -236,10 +240,12 @@ pub fn decode_chunk(
         .ok_or_else(too_large)?;
     match encoding {
         Encoding::Gzip => {
-            // A member usually holds one chunk and the few headers after it, and its slice usually ends with it:
-            // then the trailer gives the size, and the whole member at once is the fastest way.
+            // Whole members at once are by far the fastest. Upstream's member holds the chunk and the headers after it,
+            // and ends the slice, so that its trailer tells its size. Ours holds the chunk alone, and a small member
+            // of headers follows it.
             let at_once = gzip_trailer(compressed)
                 .filter(|size| (end..=limit.max(end.saturating_mul(2))).contains(size))
+                .or(Some(end).filter(|size| believable(compressed, *size)))
                 .and_then(|size| inflate_at_once(compressed, size));
             if let Some(mut output) = at_once
                 && let Some(chunk) = usize::try_from(end).ok().filter(|end| *end <= output.len())
