@@ -1,22 +1,35 @@
-//! How files are served (skeleton of the contract).
-#![allow(clippy::todo, missing_debug_implementations)]
+//! How files are served: object file system, fetch engine, image mounts, prefetch.
+//!
+//! The kernel serves everything that is here; this crate serves only the bytes that have not arrived yet.
+//!
+//! * [`Service`]: one per store. Loads images and mounts them.
+//! * `load`: name to tree: manifest, configuration and TOCs, or whole layers where there is no other way.
+//! * `fetch`: brings chunks, each once, verified, in lanes; `object`: what is here of which object.
+//! * `object_fs`: the FUSE file system that is the last data layer of every overlay.
+//! * [`mount`]: detached EROFS, FUSE and overlay mounts, and probing for them.
+//! * `native`: gives completed files back to the kernel.
+//!
+//! Called by the server process of the command. Threads: `peel-fuse` and its workers answer the kernel and never wait
+//! for the network; `peel-net` moves bytes; `peel-decode-N` inflates, verifies and writes; `peel-native` reconfigures
+//! overlays; `peel-register` and `peel-pull-N` live as long as their work.
 
-use std::os::fd::{BorrowedFd, OwnedFd};
-use std::path::Path;
-use std::sync::Arc;
+mod error;
+mod fetch;
+mod load;
+pub mod mount;
+mod native;
+mod object;
+mod object_fs;
+mod service;
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use peel_image::Digest;
 use peel_registry::{ClientOptions, ImageName};
-use peel_store::Store;
 
-/// Why an image could not be loaded or mounted.
-#[derive(Debug, thiserror::Error)]
-pub enum Error {
-    /// Replaced by the real variants.
-    #[error("placeholder")]
-    Placeholder,
-}
+pub use error::Error;
+pub use service::{Image, MountedImage, Service};
 
 /// How the service behaves.
 #[derive(Debug, Clone)]
@@ -25,12 +38,21 @@ pub struct Options {
     pub read_deadline: Duration,
 }
 
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            read_deadline: Duration::from_secs(60),
+        }
+    }
+}
+
 /// When an image's name is looked up in its registry.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub enum PullPolicy {
     /// Always.
     Always,
-    /// Only when the store does not know the name (the default, as `docker run` does).
+    /// Only when the store does not know the name (the default, as `docker run` does). Local layouts and archives cost
+    /// nothing to look at, so they always are.
     Missing,
     /// Never: an unknown name is an error.
     Never,
@@ -91,10 +113,6 @@ pub struct LayerReport {
     pub not_lazy: Option<String>,
 }
 
-/// An image whose tree is known. Dropping the last handle ends its prefetch and forgets its sources.
-#[derive(Debug)]
-pub struct Image;
-
 /// What was fetched since the service began.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Stats {
@@ -104,76 +122,7 @@ pub struct Stats {
     pub bytes: u64,
 }
 
-/// The one per store: object file system, fetcher, loaded images. Cheap to clone.
-#[derive(Clone, Debug)]
-pub struct Service;
-
-/// A mounted root file system. While it lives, files that complete go back to the kernel for its later opens.
-#[derive(Debug)]
-pub struct MountedImage;
-
-impl Service {
-    /// Locks the store, mounts the object file system (detached: it appears nowhere), starts the threads.
-    pub fn start(_store: Store, _options: Options) -> Result<Self, Error> {
-        todo!()
-    }
-
-    /// Finds the image, fetches its metadata, builds its tree. Blocks; call it from a thread of your own.
-    pub fn load(
-        &self,
-        _request: &LoadRequest,
-        _progress: &(dyn Fn(Progress) + Send + Sync),
-    ) -> Result<Arc<Image>, Error> {
-        todo!()
-    }
-
-    /// Mounts the image's root file system, detached. `scratch` is an empty directory for the writable layer (made
-    /// by the caller, on the store's file system); `None` mounts read-only.
-    pub fn mount(&self, _image: &Arc<Image>, _scratch: Option<&Path>) -> Result<MountedImage, Error> {
-        todo!()
-    }
-
-    /// Counters.
-    pub fn stats(&self) -> Stats {
-        todo!()
-    }
-
-    /// Ends the threads and unmounts. Reads that wait get EIO.
-    pub fn stop(self) {
-        todo!()
-    }
-}
-
-impl Image {
-    /// Digest of the platform's manifest.
-    pub fn manifest_digest(&self) -> Digest {
-        todo!()
-    }
-
-    /// The manifest, byte for byte.
-    pub fn manifest(&self) -> &[u8] {
-        todo!()
-    }
-
-    /// The configuration, byte for byte.
-    pub fn config(&self) -> &[u8] {
-        todo!()
-    }
-
-    /// The layers, lowest first.
-    pub fn layers(&self) -> &[LayerReport] {
-        todo!()
-    }
-}
-
-impl MountedImage {
-    /// The detached overlay mount; `move_mount` it to where it should appear, in any mount namespace. Once.
-    pub fn mount_fd(&self) -> BorrowedFd<'_> {
-        todo!()
-    }
-
-    /// A duplicate of the mount descriptor to send to another process.
-    pub fn try_clone_fd(&self) -> std::io::Result<OwnedFd> {
-        todo!()
-    }
+/// Locks. A thread that panicked with the lock held left nothing half-done: every critical section is a few assignments.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

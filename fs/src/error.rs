@@ -1,0 +1,115 @@
+//! The error type of the crate. Every text names the thing, the place and, where there is one, the way out.
+
+use std::io;
+use std::path::PathBuf;
+
+use peel_image::Digest;
+
+/// Why an image could not be loaded or mounted.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The image's source could not be read.
+    #[error("{image}: {source}")]
+    Registry {
+        /// The image as the user wrote it.
+        image: String,
+        /// What the registry client says.
+        source: peel_registry::Error,
+    },
+    /// The store failed.
+    #[error(transparent)]
+    Store(#[from] peel_store::Error),
+    /// The name is not known to the store and asking the registry was forbidden.
+    #[error("{image}: not in the store, and the pull policy `never` forbids to ask its registry")]
+    NotInStore {
+        /// The image as the user wrote it.
+        image: String,
+    },
+    /// The configuration of the image is not what the manifest promises.
+    #[error("{image}: configuration {digest}: {reason}")]
+    Config {
+        /// The image as the user wrote it.
+        image: String,
+        /// Digest of the configuration by the manifest.
+        digest: Digest,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// The manifest cannot be used.
+    #[error("{image}: manifest {digest}: {reason}")]
+    Manifest {
+        /// The image as the user wrote it.
+        image: String,
+        /// Digest of the manifest.
+        digest: Digest,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// A layer that has to be pulled whole is broken.
+    #[error("{image}: layer {layer}: {reason}")]
+    Layer {
+        /// The image as the user wrote it.
+        image: String,
+        /// Digest of the layer blob.
+        layer: Digest,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// The layers do not merge into a tree.
+    #[error("{image}: {source}")]
+    Tree {
+        /// The image as the user wrote it.
+        image: String,
+        /// Why they do not.
+        source: peel_image::tree::TreeError,
+    },
+    /// A mount could not be made or changed.
+    #[error("{what}: {step}: {source}{}", shown(messages))]
+    Mount {
+        /// Which mount, for example `overlay of sha256:...`.
+        what: String,
+        /// The step that failed.
+        step: String,
+        /// What the kernel wrote to the file system context, joined by `; `. May be empty.
+        messages: String,
+        /// The error of the system call.
+        source: io::Error,
+    },
+    /// A file or directory of the host could not be used.
+    #[error("{path}: {action}: {source}")]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// What was tried.
+        action: &'static str,
+        /// The error of the system call.
+        source: io::Error,
+    },
+    /// The system refused a thread.
+    #[error("cannot start thread {name}: {source}")]
+    Thread {
+        /// Name of the thread.
+        name: String,
+        /// The error of the system call.
+        source: io::Error,
+    },
+    /// The service was stopped while the work was under way.
+    #[error("the file service is stopping")]
+    Stopping,
+}
+
+fn shown(messages: &str) -> String {
+    if messages.is_empty() {
+        String::new()
+    } else {
+        format!(" (kernel: {messages})")
+    }
+}
+
+impl Error {
+    /// A closure that wraps an I/O error with the file and what was tried.
+    pub(crate) fn io(path: impl Into<PathBuf>, action: &'static str) -> impl FnOnce(io::Error) -> Self {
+        let path = path.into();
+        move |source| Self::Io { path, action, source }
+    }
+}

@@ -1,0 +1,540 @@
+//! The fetch engine: brings chunks from the registries, whoever asks, each one once.
+//!
+//! ```text
+//! read (FUSE thread)          prefetch (network thread)
+//!     | missing chunk              | the next streams of a profile
+//!     v                            v
+//!   claim ----- a run of streams, one request -----> transfer (network threads)
+//!                                                        | whole streams
+//!                                                        v
+//!   reads that wait <---- verified bytes ----------- decode (decode threads) ----> store
+//! ```
+//!
+//! A chunk that is claimed is fetched by one transfer; whoever else wants it waits for the same bytes. A claim that is
+//! dropped without its bytes (a failed request, an unloaded image) gives the chunk free again, and reads that wait for
+//! it are tried anew until their deadline. Demand and prefetch have request slots and memory of their own, so neither
+//! waits for the other.
+//!
+//! Nothing is answered and nothing is written that was not verified against the chunk's digest.
+
+pub(crate) mod assemble;
+pub(crate) mod claim;
+mod decode;
+mod deliver;
+pub(crate) mod layer;
+pub(crate) mod prefetch;
+mod transfer;
+
+use std::collections::{BTreeSet, VecDeque};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, OnceLock};
+use std::time::{Duration, Instant};
+
+use peel_image::layer::ChunkSource;
+use peel_registry::Counters;
+use peel_store::Store;
+use rustix::io::Errno;
+use tokio::runtime::{Handle, Runtime};
+
+use crate::error::Error;
+use crate::object::{Answer, Backing, Object, Presence, Snapshot, Table, Waiter, chunks_under};
+use crate::{Options, Stats, lock};
+use claim::Claimed;
+use decode::{Decoders, Job, Lane};
+use layer::{Layer, LayerFile};
+
+/// Threads of the network runtime: they only move bytes.
+const NETWORK_THREADS: usize = 2;
+/// How often reads are looked through for ones whose deadline has passed.
+const DEADLINE_STEP: Duration = Duration::from_millis(100);
+/// Pause before a failed fetch is tried again: doubles from the first to the last.
+const RETRY_FIRST: Duration = Duration::from_millis(100);
+const RETRY_LAST: Duration = Duration::from_secs(2);
+
+/// What the rest of the service wants to hear from the engine.
+pub(crate) trait Events: Send + Sync {
+    /// An object that overlays may have found in FUSE is complete now.
+    fn completed(&self);
+    /// What the kernel has cached of an object must go.
+    fn invalidate(&self, object: u32);
+}
+
+/// The engine. One per service.
+pub(crate) struct Engine {
+    pub(crate) store: Store,
+    pub(crate) table: Table,
+    handle: Handle,
+    runtime: Mutex<Option<Runtime>>,
+    decoders: Decoders,
+    demand: transfer::Limits,
+    prefetch: transfer::Limits,
+    /// Reads that began to wait, oldest first, as deadline and object number.
+    deadlines: Mutex<VecDeque<(Instant, u32)>>,
+    read_deadline: Duration,
+    counters: Mutex<Counted>,
+    stopping: AtomicBool,
+    events: OnceLock<Box<dyn Events>>,
+}
+
+impl std::fmt::Debug for Engine {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Engine")
+            .field("store", &self.store)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Engine {
+    /// Starts the network and decode threads.
+    pub(crate) fn start(store: Store, options: &Options) -> Result<Arc<Self>, Error> {
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(NETWORK_THREADS)
+            .thread_name("peel-net")
+            .enable_all()
+            .build()
+            .map_err(|source| Error::Thread {
+                name: "peel-net".to_owned(),
+                source,
+            })?;
+        let engine = Arc::new(Self {
+            store,
+            table: Table::default(),
+            handle: runtime.handle().clone(),
+            runtime: Mutex::new(Some(runtime)),
+            decoders: Decoders::start()?,
+            demand: transfer::Limits::demand(),
+            prefetch: transfer::Limits::prefetch(),
+            deadlines: Mutex::default(),
+            read_deadline: options.read_deadline,
+            counters: Mutex::default(),
+            stopping: AtomicBool::new(false),
+            events: OnceLock::new(),
+        });
+        let watched = Arc::downgrade(&engine);
+        engine.handle.spawn(async move {
+            let mut ticks = tokio::time::interval(DEADLINE_STEP);
+            loop {
+                ticks.tick().await;
+                let Some(engine) = watched.upgrade() else { break };
+                engine.expire(Instant::now());
+            }
+        });
+        Ok(engine)
+    }
+
+    /// Sets who hears of completions. Once, before the first image.
+    pub(crate) fn listen(&self, events: Box<dyn Events>) {
+        if self.events.set(events).is_err() {
+            tracing::error!("the fetch engine has a listener already");
+        }
+    }
+
+    pub(crate) fn events(&self) -> Option<&dyn Events> {
+        self.events.get().map(Box::as_ref)
+    }
+
+    /// The network runtime.
+    pub(crate) fn handle(&self) -> &Handle {
+        &self.handle
+    }
+
+    /// Counters since the start.
+    pub(crate) fn stats(&self) -> Stats {
+        lock(&self.counters).sum()
+    }
+
+    /// Counts what goes through this source from now on.
+    pub(crate) fn count(&self, counters: Arc<Counters>) {
+        let mut counted = lock(&self.counters);
+        counted.fold();
+        counted.live.push(counters);
+    }
+
+    /// Whether [`Engine::stop`] was called.
+    pub(crate) fn is_stopping(&self) -> bool {
+        self.stopping.load(Ordering::Acquire)
+    }
+
+    /// Ends all work. Reads that wait get EIO.
+    pub(crate) fn stop(&self) {
+        self.stopping.store(true, Ordering::Release);
+        for object in self.table.all() {
+            fail(std::mem::take(&mut lock(&object.state).waiters));
+        }
+        if let Some(runtime) = lock(&self.runtime).take() {
+            runtime.shutdown_background();
+        }
+        self.decoders.stop();
+    }
+
+    /// Bytes of an object that can be had without waiting and without a system call under a lock.
+    pub(crate) fn ready(&self, object: &Object, offset: u64, length: usize) -> Option<Snapshot> {
+        lock(&object.state).snapshot(offset, length)
+    }
+
+    /// Reads a range of an object, fetching what is missing. `answer` is called from this thread when everything is
+    /// here, else later from another one, at the latest after the read deadline.
+    pub(crate) fn read(self: &Arc<Self>, object: &Arc<Object>, offset: u64, length: usize, answer: Answer) {
+        let deadline = Instant::now() + self.read_deadline;
+        self.read_until(object, offset, length, deadline, answer);
+    }
+
+    /// As [`Engine::read`], with the deadline given.
+    fn read_until(
+        self: &Arc<Self>,
+        object: &Arc<Object>,
+        offset: u64,
+        length: usize,
+        deadline: Instant,
+        answer: Answer,
+    ) {
+        if self.is_stopping() {
+            return answer(Err(Errno::IO));
+        }
+        let source = lock(&object.state).source();
+        let file = source.as_ref().and_then(|source| source.file());
+        match self.look(object, file) {
+            // What is left of another image's attempt at this object is about to be let go.
+            Err(peel_store::Error::ChunkListConflict(_)) if Instant::now() < deadline => {
+                return self.read_later(object, offset, length, deadline, answer);
+            }
+            Err(error) => {
+                tracing::error!(object = %object.digest, %error, "cannot open the object in the store");
+                return answer(Err(Errno::IO));
+            }
+            Ok(()) => {}
+        }
+        let mut answer = Some(answer);
+        let outcome = {
+            let mut state = lock(&object.state);
+            match (state.snapshot(offset, length), state.source()) {
+                (Some(snapshot), _) => Outcome::Ready(snapshot),
+                (None, Some(source)) => {
+                    let waiter = answer.take().map(|answer| Waiter {
+                        offset,
+                        length,
+                        deadline,
+                        missing: BTreeSet::new(),
+                        whole: state.strict,
+                        answer,
+                    });
+                    Outcome::Wait(enqueue(&mut state, &source, waiter))
+                }
+                (None, None) => Outcome::Unreachable,
+            }
+        };
+        match (outcome, answer) {
+            (Outcome::Wait(chunks), _) => {
+                lock(&self.deadlines).push_back((deadline, object.number));
+                for chunk in chunks {
+                    self.demand(object, chunk);
+                }
+            }
+            (Outcome::Ready(snapshot), Some(answer)) => {
+                self.answer(object, &snapshot, offset, length, answer)
+            }
+            (_, Some(answer)) => {
+                tracing::error!(
+                    file = %object.describe(),
+                    object = %object.digest,
+                    "no loaded image can bring the missing bytes of this file"
+                );
+                answer(Err(Errno::IO));
+            }
+            (_, None) => {}
+        }
+    }
+
+    fn read_later(
+        self: &Arc<Self>,
+        object: &Arc<Object>,
+        offset: u64,
+        length: usize,
+        deadline: Instant,
+        answer: Answer,
+    ) {
+        let (engine, object) = (Arc::downgrade(self), Arc::clone(object));
+        self.handle.spawn(async move {
+            tokio::time::sleep(RETRY_FIRST).await;
+            match engine.upgrade() {
+                Some(engine) => engine.read_until(&object, offset, length, deadline, answer),
+                None => answer(Err(Errno::IO)),
+            }
+        });
+    }
+
+    fn answer(&self, object: &Object, snapshot: &Snapshot, offset: u64, length: usize, answer: Answer) {
+        let mut bytes = Vec::with_capacity(length);
+        match snapshot.read_into(&self.store, &object.digest, offset, length, &mut bytes) {
+            Ok(()) => answer(Ok(&bytes)),
+            Err(error) => {
+                tracing::error!(object = %object.digest, %error, "cannot read the object from the store");
+                answer(Err(Errno::IO));
+            }
+        }
+    }
+
+    /// Finds out how much of an object the store has, unless that is known. `file` describes it in some image.
+    pub(crate) fn look(&self, object: &Object, file: Option<&LayerFile>) -> Result<(), peel_store::Error> {
+        let generation = {
+            let state = lock(&object.state);
+            if !matches!(state.backing, Backing::Unknown) {
+                return Ok(());
+            }
+            state.generation
+        };
+        let backing = if self.store.has_object(&object.digest) {
+            Backing::Complete(None)
+        } else {
+            match file {
+                Some(file) if file.chunks.len() > 1 => {
+                    let size = file.chunks.iter().map(|chunk| chunk.size).sum();
+                    Backing::Partial(self.store.partial(&object.digest, size, &file.chunks)?)
+                }
+                Some(_) => Backing::Nothing,
+                None => return Ok(()),
+            }
+        };
+        let mut state = lock(&object.state);
+        if matches!(state.backing, Backing::Unknown) && state.generation == generation {
+            if let (false, Some(file)) = (matches!(backing, Backing::Complete(_)), file) {
+                state.list = Some(file.list);
+            }
+            state.backing = backing;
+        }
+        Ok(())
+    }
+
+    /// Lets reads find their chunks in a layer. Where images disagree about an object, what was shown of it goes.
+    pub(crate) fn register(self: &Arc<Self>, layer: &Arc<Layer>) {
+        for (file, number) in layer.files.iter().zip(0_u32..) {
+            let Some(object) = self.table.get(file.object) else {
+                continue;
+            };
+            let source = crate::object::Source {
+                layer: Arc::clone(layer),
+                file: number,
+            };
+            let Some(waiters) = object.add_source(source) else {
+                continue;
+            };
+            tracing::info!(
+                file = %file.path,
+                object = %object.digest,
+                "images cut this file into different chunks; it is served once it is complete and its hash is right"
+            );
+            if let Some(events) = self.events() {
+                events.invalidate(object.number);
+            }
+            for waiter in waiters {
+                self.read_until(
+                    &object,
+                    waiter.offset,
+                    waiter.length,
+                    waiter.deadline,
+                    waiter.answer,
+                );
+            }
+        }
+    }
+
+    /// An overlay may have found the object in FUSE just now. If it is complete, nobody else will say so.
+    pub(crate) fn looked_up(&self, object: &Object) {
+        let complete = matches!(lock(&object.state).backing, Backing::Complete(_));
+        if let (true, Some(events)) = (complete, self.events()) {
+            events.completed();
+        }
+    }
+
+    /// An open through FUSE: keeps the object's file at hand until the [`Engine::closed`] that belongs to it.
+    pub(crate) fn opened(&self, object: &Object) {
+        let file = {
+            let mut state = lock(&object.state);
+            state.opens = state.opens.saturating_add(1);
+            state
+                .source()
+                .filter(|_| matches!(state.backing, Backing::Unknown))
+        };
+        // A failure shows again, and is reported, when the bytes are read.
+        let _ = self.look(object, file.as_ref().and_then(crate::object::Source::file));
+        let complete = matches!(lock(&object.state).backing, Backing::Complete(None));
+        if !complete {
+            return;
+        }
+        match self.store.open_object(&object.digest) {
+            Ok(Some(file)) => {
+                let mut state = lock(&object.state);
+                if let Backing::Complete(None) = state.backing {
+                    state.backing = Backing::Complete(Some(Arc::new(file)));
+                }
+            }
+            Ok(None) => {
+                tracing::warn!(object = %object.digest, "a complete object has gone; it will be fetched again");
+                lock(&object.state).change_list();
+            }
+            Err(error) => tracing::error!(object = %object.digest, %error, "cannot open a complete object"),
+        }
+    }
+
+    /// The end of an open through FUSE.
+    pub(crate) fn closed(&self, object: &Object) {
+        let mut state = lock(&object.state);
+        state.opens = state.opens.saturating_sub(1);
+        if state.opens == 0 {
+            deliver::rest(&mut state);
+        }
+    }
+
+    /// Starts to fetch a chunk that a read waits for.
+    fn demand(self: &Arc<Self>, object: &Arc<Object>, chunk: u32) {
+        let Some(source) = lock(&object.state).source() else {
+            return;
+        };
+        let Some(entry) = source.file().and_then(|file| file.chunks.get(chunk as usize)) else {
+            return;
+        };
+        match entry.source {
+            ChunkSource::Blob { .. } => self.demand_stream(&source.layer, entry),
+            ChunkSource::Zeros => {
+                let position = layer::Position {
+                    file: source.file,
+                    chunk,
+                };
+                if let Claimed::Fetch(claim) | Claimed::Verify(claim) = self.claim(&source.layer, position) {
+                    self.decoders.submit(Lane::Demand, Job::Zeros(claim));
+                }
+            }
+        }
+    }
+
+    fn demand_stream(self: &Arc<Self>, layer: &Arc<Layer>, chunk: &peel_image::layer::Chunk) {
+        let Some(first) = layer.stream_of(chunk) else {
+            return;
+        };
+        let Some(offset) = layer.streams.get(first).map(|stream| stream.range.start) else {
+            return;
+        };
+        let window = layer.window(offset);
+        if let Some(run) = self.claim_run(layer, first..layer.streams.len(), window, Some(first)) {
+            self.spawn_transfer(run, Lane::Demand);
+        }
+    }
+
+    /// Tries again later for a chunk that reads wait for.
+    pub(crate) fn retry(self: &Arc<Self>, object: &Arc<Object>, chunk: u32, failures: u32) {
+        if self.is_stopping() {
+            return;
+        }
+        let pause = RETRY_FIRST.saturating_mul(1 << failures.min(8)).min(RETRY_LAST);
+        let (engine, object) = (Arc::downgrade(self), Arc::clone(object));
+        self.handle.spawn(async move {
+            tokio::time::sleep(pause).await;
+            let Some(engine) = engine.upgrade() else { return };
+            let waited_for = lock(&object.state)
+                .waiters
+                .iter()
+                .any(|waiter| waiter.missing.contains(&chunk));
+            if waited_for && !engine.is_stopping() {
+                engine.demand(&object, chunk);
+            }
+        });
+    }
+
+    /// Fails the reads whose deadline has passed.
+    fn expire(&self, now: Instant) {
+        loop {
+            let number = {
+                let mut deadlines = lock(&self.deadlines);
+                match deadlines.front() {
+                    Some((deadline, number)) if *deadline <= now => {
+                        let number = *number;
+                        deadlines.pop_front();
+                        number
+                    }
+                    _ => return,
+                }
+            };
+            let Some(object) = self.table.get(number) else {
+                continue;
+            };
+            let expired = object.expired(now);
+            if !expired.is_empty() {
+                tracing::error!(
+                    file = %object.describe(),
+                    seconds = self.read_deadline.as_secs(),
+                    reads = expired.len(),
+                    "the bytes of this file did not arrive in time; its reads fail with EIO"
+                );
+                fail(expired);
+            }
+        }
+    }
+}
+
+/// The counters of all sources. Those that nobody else holds any more are added up and let go.
+#[derive(Debug, Default)]
+struct Counted {
+    live: Vec<Arc<Counters>>,
+    ended: Stats,
+}
+
+impl Counted {
+    fn fold(&mut self) {
+        let (ended, live) = std::mem::take(&mut self.live)
+            .into_iter()
+            .partition(|counters| Arc::strong_count(counters) == 1);
+        self.live = live;
+        self.ended = Self {
+            live: ended,
+            ended: self.ended,
+        }
+        .sum();
+    }
+
+    fn sum(&self) -> Stats {
+        self.live.iter().fold(self.ended, |sum, counters| Stats {
+            requests: sum.requests + counters.requests(),
+            bytes: sum.bytes + counters.bytes(),
+        })
+    }
+}
+
+enum Outcome {
+    Ready(Snapshot),
+    Wait(Vec<u32>),
+    Unreachable,
+}
+
+/// Lets a read wait; returns the chunks that nobody brings yet.
+fn enqueue(
+    state: &mut crate::object::State,
+    source: &crate::object::Source,
+    waiter: Option<Waiter>,
+) -> Vec<u32> {
+    let (Some(mut waiter), Some(file)) = (waiter, source.file()) else {
+        return Vec::new();
+    };
+    let wanted = if waiter.whole {
+        0..u32::try_from(file.chunks.len()).unwrap_or(u32::MAX)
+    } else {
+        chunks_under(&file.chunks, waiter.offset, waiter.length)
+    };
+    let mut fetch = Vec::new();
+    for chunk in wanted {
+        match state.has(chunk) {
+            Presence::Here => continue,
+            Presence::Coming => {}
+            Presence::Unverified | Presence::Missing => fetch.push(chunk),
+        }
+        waiter.missing.insert(chunk);
+    }
+    state.waiters.push(waiter);
+    fetch
+}
+
+/// Answers reads with EIO.
+pub(crate) fn fail(waiters: Vec<Waiter>) {
+    for waiter in waiters {
+        (waiter.answer)(Err(Errno::IO));
+    }
+}

@@ -1,0 +1,226 @@
+//! The decode threads: inflate streams, check digests, and hand verified chunks on. All CPU work of the engine
+//! happens here, and all writing to the store.
+
+use std::sync::Arc;
+use std::thread;
+
+use bytes::Bytes;
+use crossbeam_channel::{Receiver, Sender, TrySendError, bounded, select};
+use peel_image::Digest;
+use peel_image::compression;
+use peel_image::layer::Chunk;
+
+use super::claim::Claim;
+use super::layer::{CHUNK_MAX, Layer, Stream};
+use super::transfer::Permit;
+use crate::error::Error;
+use crate::lock;
+
+/// Jobs that may wait for each lane. Their bytes are bounded by the transfers' permits; this bounds their number.
+const QUEUE: usize = 8192;
+
+/// Most bytes of a stream's output that are produced to reach a chunk inside it. Streams of several chunks are made of
+/// small files, so nothing honest comes near.
+const DECODE_MAX: u64 = 4 * CHUNK_MAX;
+
+/// Who waits for a job.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Lane {
+    /// A read.
+    Demand,
+    /// Nobody yet.
+    Prefetch,
+}
+
+/// Work for a decode thread.
+#[derive(Debug)]
+pub(crate) enum Job {
+    /// Inflate a stream, verify and deliver the claimed chunks.
+    Stream {
+        layer: Arc<Layer>,
+        stream: Stream,
+        bytes: Bytes,
+        claims: Vec<Claim>,
+        permit: Permit,
+    },
+    /// Hash a chunk that an earlier process left.
+    Verify(Claim),
+    /// Deliver a run of zeros.
+    Zeros(Claim),
+}
+
+/// The threads and their queues.
+#[derive(Debug)]
+pub(crate) struct Decoders {
+    demand: Sender<Job>,
+    prefetch: Sender<Job>,
+    stop: Sender<()>,
+    threads: usize,
+}
+
+impl Decoders {
+    /// Starts 2 to 4 threads, by the number of processors.
+    pub(super) fn start() -> Result<Self, Error> {
+        let threads = thread::available_parallelism().map_or(2, usize::from).clamp(2, 4);
+        let (demand, demand_jobs) = bounded(QUEUE);
+        let (prefetch, prefetch_jobs) = bounded(QUEUE);
+        let (stop, stopped) = bounded(threads);
+        for number in 0..threads {
+            let name = format!("peel-decode-{number}");
+            let (demand_jobs, prefetch_jobs, stopped) =
+                (demand_jobs.clone(), prefetch_jobs.clone(), stopped.clone());
+            thread::Builder::new()
+                .name(name.clone())
+                .spawn(move || work(&demand_jobs, &prefetch_jobs, &stopped))
+                .map_err(|source| Error::Thread { name, source })?;
+        }
+        Ok(Self {
+            demand,
+            prefetch,
+            stop,
+            threads,
+        })
+    }
+
+    /// Gives a job to the threads. The job comes back when the queue is full, `None` when the threads have ended.
+    pub(super) fn try_submit(&self, lane: Lane, job: Job) -> Result<(), Option<Job>> {
+        let queue = match lane {
+            Lane::Demand => &self.demand,
+            Lane::Prefetch => &self.prefetch,
+        };
+        queue.try_send(job).map_err(|error| match error {
+            TrySendError::Full(job) => Some(job),
+            TrySendError::Disconnected(_) => None,
+        })
+    }
+
+    /// Gives a job to the threads; if they have too many, its claims are dropped and tried again later.
+    pub(super) fn submit(&self, lane: Lane, job: Job) {
+        drop(self.try_submit(lane, job));
+    }
+
+    /// Ends the threads after the jobs that they are at.
+    pub(super) fn stop(&self) {
+        for _ in 0..self.threads {
+            // Full means that every thread has its order already.
+            let _ = self.stop.try_send(());
+        }
+    }
+}
+
+fn work(demand: &Receiver<Job>, prefetch: &Receiver<Job>, stopped: &Receiver<()>) {
+    loop {
+        if stopped.try_recv().is_ok() {
+            return;
+        }
+        if let Ok(job) = demand.try_recv() {
+            run(job);
+            continue;
+        }
+        select! {
+            recv(demand) -> job => match job {
+                Ok(job) => run(job),
+                Err(_) => return,
+            },
+            recv(prefetch) -> job => match job {
+                Ok(job) => run(job),
+                Err(_) => return,
+            },
+            recv(stopped) -> _ => return,
+        }
+    }
+}
+
+fn run(job: Job) {
+    match job {
+        Job::Stream {
+            layer,
+            stream,
+            bytes,
+            claims,
+            permit,
+        } => {
+            decode(&layer, &stream, &bytes, claims);
+            drop(permit);
+        }
+        Job::Verify(claim) => verify(claim),
+        Job::Zeros(claim) => {
+            let size = claim.layer.chunk(claim.position).map(|(_, chunk)| chunk.size);
+            match size.and_then(|size| usize::try_from(size).ok()) {
+                Some(size) if size as u64 <= CHUNK_MAX => claim.deliver(vec![0; size]),
+                _ => claim.wrong("a run of zeros is too long"),
+            }
+        }
+    }
+}
+
+/// Inflates a stream once, for all chunks that are wanted from it.
+fn decode(layer: &Arc<Layer>, stream: &Stream, bytes: &Bytes, claims: Vec<Claim>) {
+    let places: Vec<Option<(u64, u64, Digest)>> = claims
+        .iter()
+        .map(|claim| layer.chunk(claim.position).and_then(|(_, chunk)| place(chunk)))
+        .collect();
+    let start = places.iter().flatten().map(|place| place.0).min().unwrap_or(0);
+    let end = places
+        .iter()
+        .flatten()
+        .map(|place| place.0.saturating_add(place.1))
+        .max()
+        .unwrap_or(0);
+    let together = (claims.len() > 1 && end - start <= CHUNK_MAX)
+        .then(|| compression::decode_chunk(stream.encoding, bytes, start, end - start, DECODE_MAX));
+    for (claim, place) in claims.into_iter().zip(places) {
+        let Some((inner, size, digest)) = place else {
+            claim.wrong("the chunk has no place in the stream");
+            continue;
+        };
+        let data = match &together {
+            Some(Ok(whole)) => part(whole, inner - start, size).map(<[u8]>::to_vec),
+            // One chunk at a time: what is behind a broken place must not take the chunks before it with it.
+            Some(Err(_)) | None => {
+                match compression::decode_chunk(stream.encoding, bytes, inner, size, DECODE_MAX) {
+                    Ok(data) => Some(data),
+                    Err(error) => {
+                        claim.wrong(&error.to_string());
+                        continue;
+                    }
+                }
+            }
+        };
+        match data {
+            Some(data) if Digest::of(&data) == digest => claim.deliver(data),
+            Some(data) => claim.wrong(&format!("its bytes have the digest {}", Digest::of(&data))),
+            None => claim.wrong("the stream is too short"),
+        }
+    }
+}
+
+fn part(whole: &[u8], from: u64, size: u64) -> Option<&[u8]> {
+    let from = usize::try_from(from).ok()?;
+    whole.get(from..from.checked_add(usize::try_from(size).ok()?)?)
+}
+
+/// Place in the stream, size and digest of a chunk.
+fn place(chunk: &Chunk) -> Option<(u64, u64, Digest)> {
+    match chunk.source {
+        peel_image::layer::ChunkSource::Blob { inner_offset, .. } => {
+            Some((inner_offset, chunk.size, chunk.digest))
+        }
+        peel_image::layer::ChunkSource::Zeros => None,
+    }
+}
+
+fn verify(claim: Claim) {
+    let partial = match &lock(&claim.object.state).backing {
+        crate::object::Backing::Partial(partial) => Arc::clone(partial),
+        _ => return,
+    };
+    match partial.verify(claim.chunk() as usize) {
+        Ok(true) => claim.found(&partial),
+        // Dropping the claim lets the reads that wait fetch the chunk.
+        Ok(false) => {}
+        Err(error) => {
+            tracing::error!(object = %claim.object.digest, %error, "cannot verify what is here of an object");
+        }
+    }
+}

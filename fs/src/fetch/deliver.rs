@@ -1,0 +1,248 @@
+//! What happens to a chunk when its bytes are here: reads are answered from memory, then the bytes are written behind
+//! their back, and an object whose last chunk came is completed.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use peel_store::PartialObject;
+
+use super::claim::Claim;
+use super::{Engine, fail};
+use crate::lock;
+use crate::object::{Backing, Flight, Object, Snapshot, State, Waiter};
+
+impl Claim {
+    /// The chunk's bytes are here and verified.
+    pub(super) fn deliver(self, data: Vec<u8>) {
+        let data = Arc::new(data);
+        let chunk = self.chunk();
+        let backing = {
+            let mut state = lock(&self.object.state);
+            if state.generation != self.generation {
+                drop(state);
+                return self.settle();
+            }
+            state.failures = 0;
+            state.wrong.remove(&chunk);
+            state.flights.insert(chunk, Flight::Writing(Arc::clone(&data)));
+            state.backing.clone()
+        };
+        self.engine.arrived(&self.object, chunk);
+        let kept = match &backing {
+            Backing::Partial(partial) => partial.write(chunk as usize, &data),
+            _ => self
+                .engine
+                .store
+                .add_verified(&self.object.digest, &data)
+                .map(|()| true),
+        };
+        if let Err(error) = &kept {
+            tracing::error!(object = %self.object.digest, %error, "cannot keep fetched bytes in the store");
+        }
+        self.landed(matches!(kept, Ok(true)), &backing);
+    }
+
+    /// The chunk was on disk, and it is right.
+    pub(super) fn found(self, partial: &Arc<PartialObject>) {
+        let chunk = self.chunk();
+        let last = {
+            let mut state = lock(&self.object.state);
+            if state.generation == self.generation {
+                state.flights.remove(&chunk);
+            }
+            partial.absent() == 0
+        };
+        self.engine.arrived(&self.object, chunk);
+        self.landed(last, &Backing::Partial(Arc::clone(partial)));
+    }
+
+    /// The bytes are not in memory any more; with `last`, all of the object is on disk.
+    fn landed(self, last: bool, backing: &Backing) {
+        let chunk = self.chunk();
+        let (object, engine) = (Arc::clone(&self.object), Arc::clone(&self.engine));
+        let generation = self.generation;
+        let completed = last
+            && match backing {
+                Backing::Partial(partial) => match partial.complete() {
+                    Ok(()) => partial.is_complete(),
+                    Err(error @ peel_store::Error::Discarded(_)) => {
+                        let file = object.describe();
+                        tracing::error!(%file, object = %object.digest, %error, "the chunks of this file are right, but it is not");
+                        return self.falsified();
+                    }
+                    Err(error) => {
+                        tracing::error!(object = %object.digest, %error, "cannot complete an object");
+                        false
+                    }
+                },
+                _ => true,
+            };
+        self.settle();
+        if completed {
+            return engine.completed(&object);
+        }
+        let mut state = lock(&object.state);
+        if state.generation == generation {
+            state.flights.remove(&chunk);
+            rest(&mut state);
+        }
+    }
+
+    /// The object's bytes are not what the chunk list promised: another list may tell the truth.
+    fn falsified(self) {
+        let (object, engine) = (Arc::clone(&self.object), Arc::clone(&self.engine));
+        let waiters = {
+            let mut state = lock(&object.state);
+            if state.generation == self.generation {
+                if let Some(list) = state.list {
+                    state.false_lists.push(list);
+                }
+                state.change_list();
+            }
+            std::mem::take(&mut state.waiters)
+        };
+        self.settle();
+        if let Some(events) = engine.events() {
+            events.invalidate(object.number);
+        }
+        for waiter in waiters {
+            engine.read_until(
+                &object,
+                waiter.offset,
+                waiter.length,
+                waiter.deadline,
+                waiter.answer,
+            );
+        }
+    }
+
+    /// The bytes that came are not the chunk's. They may have been damaged on the way once; twice is an error for the
+    /// reads that wait.
+    pub(super) fn wrong(self, reason: &str) {
+        let chunk = self.chunk();
+        let (file, digest) = match self.layer.chunk(self.position) {
+            Some((file, chunk)) => (file.path.to_string(), chunk.digest.to_string()),
+            None => (String::new(), String::new()),
+        };
+        let (failed, again) = {
+            let mut state = lock(&self.object.state);
+            if state.generation != self.generation {
+                (Vec::new(), false)
+            } else {
+                state.flights.remove(&chunk);
+                let waited_for = state.waiters.iter().any(|waiter| waiter.missing.contains(&chunk));
+                if waited_for && state.wrong.insert(chunk) {
+                    (Vec::new(), true)
+                } else {
+                    state.wrong.remove(&chunk);
+                    let (failed, waiting) = std::mem::take(&mut state.waiters)
+                        .into_iter()
+                        .partition(|waiter: &Waiter| waiter.missing.contains(&chunk));
+                    state.waiters = waiting;
+                    (failed, false)
+                }
+            }
+        };
+        if again {
+            tracing::warn!(%file, layer = %self.layer.digest, chunk = %digest, reason, "a chunk is damaged; fetching it again");
+        } else {
+            tracing::error!(%file, layer = %self.layer.digest, chunk = %digest, reason, "a chunk does not match its digest");
+        }
+        let (object, engine) = (Arc::clone(&self.object), Arc::clone(&self.engine));
+        self.settle();
+        fail(failed);
+        if again {
+            engine.demand(&object, chunk);
+        }
+    }
+}
+
+impl Engine {
+    /// Answers the reads for which this chunk was the last one.
+    fn arrived(self: &Arc<Self>, object: &Arc<Object>, chunk: u32) {
+        let ready: Vec<(Waiter, Option<Snapshot>)> = {
+            let mut state = lock(&object.state);
+            for waiter in &mut state.waiters {
+                waiter.missing.remove(&chunk);
+            }
+            let (ready, waiting) = std::mem::take(&mut state.waiters)
+                .into_iter()
+                .partition(|waiter: &Waiter| waiter.missing.is_empty() && !waiter.whole);
+            state.waiters = waiting;
+            ready
+                .into_iter()
+                .map(|waiter| {
+                    let snapshot = state.snapshot(waiter.offset, waiter.length);
+                    (waiter, snapshot)
+                })
+                .collect()
+        };
+        self.answer_all(object, ready);
+    }
+
+    fn answer_all(self: &Arc<Self>, object: &Arc<Object>, ready: Vec<(Waiter, Option<Snapshot>)>) {
+        for (waiter, snapshot) in ready {
+            match snapshot {
+                Some(snapshot) => self.answer(object, &snapshot, waiter.offset, waiter.length, waiter.answer),
+                // A chunk that was here has gone again (a full disk): the read starts over.
+                None => self.read_until(
+                    object,
+                    waiter.offset,
+                    waiter.length,
+                    waiter.deadline,
+                    waiter.answer,
+                ),
+            }
+        }
+    }
+
+    /// The object stands in the store.
+    pub(super) fn completed(self: &Arc<Self>, object: &Arc<Object>) {
+        let open = lock(&object.state).opens > 0;
+        let file = if open {
+            self.store.open_object(&object.digest).ok().flatten()
+        } else {
+            None
+        };
+        if let Some(length) = file
+            .as_ref()
+            .and_then(|file| file.metadata().ok())
+            .map(|metadata| metadata.len())
+            && length != object.size()
+        {
+            object.set_size(length);
+            if let Some(events) = self.events() {
+                events.invalidate(object.number);
+            }
+        }
+        let ready = {
+            let mut state = lock(&object.state);
+            state.backing = Backing::Complete(file.map(Arc::new));
+            state.flights.clear();
+            state.wrong.clear();
+            let waiters = std::mem::take(&mut state.waiters);
+            waiters
+                .into_iter()
+                .map(|waiter| (waiter, Some(Snapshot::complete(&state.backing))))
+                .collect()
+        };
+        self.answer_all(object, ready);
+        if object.seen.load(Ordering::Acquire)
+            && let Some(events) = self.events()
+        {
+            events.completed();
+        }
+    }
+}
+
+/// Lets go of files that nobody needs open: a process may only have so many.
+pub(super) fn rest(state: &mut State) {
+    if state.opens > 0 || !state.flights.is_empty() || !state.waiters.is_empty() {
+        return;
+    }
+    match &mut state.backing {
+        Backing::Partial(_) => state.backing = Backing::Unknown,
+        Backing::Complete(file) => *file = None,
+        Backing::Unknown | Backing::Nothing => {}
+    }
+}

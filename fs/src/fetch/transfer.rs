@@ -1,0 +1,245 @@
+//! Moves runs of streams from a registry to the decoders: one request each, several at once, each stream handed on
+//! as soon as its last byte is here.
+//!
+//! Memory is bounded: a transfer takes a permit for all its bytes before its request and needs nothing more to end, so
+//! transfers cannot block each other half-way. The permit is given back when the last stream is decoded.
+
+use std::ops::Range;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio::task::JoinSet;
+
+use super::Engine;
+use super::assemble::{Assembler, Ready};
+use super::claim::Run;
+use super::decode::{Job, Lane};
+use super::layer::Layer;
+
+/// Requests of reads that wait at once. Each is one round trip of at most a few MiB; a page fault storm of many threads
+/// should not open hundreds of connections.
+const DEMAND_SLOTS: usize = 16;
+/// Requests of a prefetch at once. A few connections fill a link that one of them, still in slow start or limited by
+/// the far end, does not; more would spread the bandwidth over bytes that are needed later.
+const PREFETCH_SLOTS: usize = 4;
+/// Compressed bytes in flight for each lane, in KiB.
+const LANE_KIB: u32 = 64 << 10;
+/// Bytes of one request; a longer run (a single huge chunk) is split.
+const PART: u64 = 8 << 20;
+/// Parts of one run that are fetched at once.
+const PARTS: usize = 4;
+/// Longest silence of a body before its transfer is given up. The registry client gives up by itself; this only
+/// guards against one that does not.
+const SILENCE_MAX: Duration = Duration::from_secs(300);
+
+/// What one lane may use.
+#[derive(Debug)]
+pub(crate) struct Limits {
+    slots: Arc<Semaphore>,
+    memory: Arc<Semaphore>,
+}
+
+impl Limits {
+    pub(super) fn demand() -> Self {
+        Self::new(DEMAND_SLOTS)
+    }
+
+    pub(super) fn prefetch() -> Self {
+        Self::new(PREFETCH_SLOTS)
+    }
+
+    fn new(slots: usize) -> Self {
+        Self {
+            slots: Arc::new(Semaphore::new(slots)),
+            memory: Arc::new(Semaphore::new(LANE_KIB as usize)),
+        }
+    }
+}
+
+/// The right to have bytes in flight; shared by the streams of a transfer.
+pub(crate) type Permit = Arc<OwnedSemaphorePermit>;
+
+impl Engine {
+    fn limits(&self, lane: Lane) -> &Limits {
+        match lane {
+            Lane::Demand => &self.demand,
+            Lane::Prefetch => &self.prefetch,
+        }
+    }
+
+    /// A request slot of the lane.
+    pub(super) async fn slot(&self, lane: Lane) -> Option<OwnedSemaphorePermit> {
+        Arc::clone(&self.limits(lane).slots).acquire_owned().await.ok()
+    }
+
+    /// Memory for so many bytes of the lane, or all it has.
+    pub(super) async fn memory(&self, lane: Lane, bytes: u64) -> Option<Permit> {
+        let kib = u32::try_from(bytes.div_ceil(1024))
+            .unwrap_or(LANE_KIB)
+            .clamp(1, LANE_KIB);
+        let memory = Arc::clone(&self.limits(lane).memory);
+        memory.acquire_many_owned(kib).await.ok().map(Arc::new)
+    }
+
+    /// Fetches a run in the background.
+    pub(super) fn spawn_transfer(self: &Arc<Self>, run: Run, lane: Lane) {
+        let engine = Arc::clone(self);
+        self.handle.spawn(async move {
+            let Some(slot) = engine.slot(lane).await else {
+                return;
+            };
+            engine.transfer(run, lane).await;
+            drop(slot);
+        });
+    }
+
+    /// Fetches a run. A failure is reported and drops the claims that are left, which frees their chunks.
+    pub(super) async fn transfer(self: &Arc<Self>, run: Run, lane: Lane) {
+        let Run { layer, range, wanted } = run;
+        let Some(permit) = self.memory(lane, range.end - range.start).await else {
+            return;
+        };
+        let (nothing, wanted): (Vec<_>, Vec<_>) = wanted
+            .into_iter()
+            .partition(|wanted| wanted.stream.range.is_empty());
+        for wanted in nothing {
+            // Decoding no bytes is what tells that the index lies about this stream.
+            self.hand_on(
+                lane,
+                &layer,
+                Ready {
+                    wanted,
+                    bytes: Bytes::new(),
+                },
+                &permit,
+            )
+            .await;
+        }
+        let mut assembler = Assembler::new(wanted);
+        let result = if range.end - range.start > PART {
+            self.pump_parts(&layer, range.clone(), &mut assembler, lane, &permit)
+                .await
+        } else {
+            self.pump(&layer, range.clone(), &mut assembler, lane, &permit)
+                .await
+        };
+        if let Err(error) = result {
+            tracing::warn!(layer = %layer.digest, from = range.start, to = range.end, %error, "cannot fetch a range");
+        }
+    }
+
+    /// One request, its bytes in order.
+    async fn pump(
+        self: &Arc<Self>,
+        layer: &Arc<Layer>,
+        range: Range<u64>,
+        assembler: &mut Assembler,
+        lane: Lane,
+        permit: &Permit,
+    ) -> Result<(), peel_registry::Error> {
+        let mut offset = range.start;
+        let mut stream = layer.blob.stream(range).await?;
+        while let Some(bytes) = next(&mut stream).await {
+            let bytes = bytes?;
+            for ready in assembler.push(offset, &bytes) {
+                self.hand_on(lane, layer, ready, permit).await;
+            }
+            offset += bytes.len() as u64;
+            if assembler.is_done() || layer.is_closed() {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// Several requests side by side.
+    async fn pump_parts(
+        self: &Arc<Self>,
+        layer: &Arc<Layer>,
+        range: Range<u64>,
+        assembler: &mut Assembler,
+        lane: Lane,
+        permit: &Permit,
+    ) -> Result<(), peel_registry::Error> {
+        // As many buffers as parts may wait here; the socket holds the rest back.
+        let (sender, mut receiver) = mpsc::channel::<(u64, Bytes)>(PARTS);
+        let layer_of_parts = Arc::clone(layer);
+        let parts = async move {
+            let mut running = JoinSet::new();
+            let mut from = range.start;
+            loop {
+                while from < range.end && running.len() < PARTS {
+                    let part = from..range.end.min(from + PART);
+                    from = part.end;
+                    let (layer, sender) = (Arc::clone(&layer_of_parts), sender.clone());
+                    running.spawn(async move { Self::pump_part(&layer, part, &sender).await });
+                }
+                match running.join_next().await {
+                    Some(Ok(Ok(()))) => {}
+                    Some(Ok(Err(error))) => return Err(error),
+                    // A part that was cancelled leaves its streams unfinished: their claims are dropped below.
+                    Some(Err(_)) | None => return Ok(()),
+                }
+            }
+        };
+        let collect = async {
+            while let Some((offset, bytes)) = receiver.recv().await {
+                for ready in assembler.push(offset, &bytes) {
+                    self.hand_on(lane, layer, ready, permit).await;
+                }
+            }
+        };
+        let (result, ()) = tokio::join!(parts, collect);
+        result
+    }
+
+    async fn pump_part(
+        layer: &Layer,
+        part: Range<u64>,
+        sender: &mpsc::Sender<(u64, Bytes)>,
+    ) -> Result<(), peel_registry::Error> {
+        let mut offset = part.start;
+        let mut stream = layer.blob.stream(part).await?;
+        while let Some(bytes) = next(&mut stream).await {
+            let bytes = bytes?;
+            let length = bytes.len() as u64;
+            if layer.is_closed() || sender.send((offset, bytes)).await.is_err() {
+                break;
+            }
+            offset += length;
+        }
+        Ok(())
+    }
+
+    /// Gives a whole stream to the decoders, waiting while they are busy.
+    pub(super) async fn hand_on(&self, lane: Lane, layer: &Arc<Layer>, ready: Ready, permit: &Permit) {
+        let Ready { wanted, bytes } = ready;
+        let mut job = Job::Stream {
+            layer: Arc::clone(layer),
+            stream: wanted.stream,
+            bytes,
+            claims: wanted.claims,
+            permit: Arc::clone(permit),
+        };
+        while let Err(refused) = self.decoders.try_submit(lane, job) {
+            let Some(refused) = refused else { return };
+            job = refused;
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    }
+}
+
+/// The next bytes of a body; its end, too, when it stays silent for far too long.
+pub(super) async fn next(
+    stream: &mut peel_registry::ByteStream,
+) -> Option<Result<Bytes, peel_registry::Error>> {
+    match tokio::time::timeout(SILENCE_MAX, stream.next()).await {
+        Ok(next) => next,
+        Err(_) => {
+            tracing::error!("a body was silent for {} s", SILENCE_MAX.as_secs());
+            None
+        }
+    }
+}

@@ -1,0 +1,212 @@
+//! Pulls a layer whole: the ordinary way, for layers that cannot be lazy. Nothing of it counts before the digest of the
+//! blob and the digest of its uncompressed bytes (DiffID) are right; files are laid out as objects while they pass.
+
+use std::io::{self, Read};
+use std::sync::{Arc, Mutex};
+use std::thread;
+
+use bytes::{Buf, Bytes};
+use peel_image::compression::{self, Guard};
+use peel_image::layer::LayerIndex;
+use peel_image::path::EntryPath;
+use peel_image::tar::index::{FileSink, index_tar};
+use peel_image::{Digest, Hasher};
+use peel_registry::Blob;
+use peel_store::{ObjectWriter, Store};
+use tokio::sync::{mpsc, oneshot};
+
+use crate::lock;
+
+/// Buffers between network and unpacking, each some hundred KiB at most.
+const QUEUE: usize = 32;
+
+/// Why a layer could not be pulled.
+#[derive(Debug)]
+pub(super) enum PullFailure {
+    /// The bytes could not be had.
+    Registry(peel_registry::Error),
+    /// The objects could not be written.
+    Store(peel_store::Error),
+    /// The bytes are wrong.
+    Broken(String),
+    /// No thread to unpack.
+    Thread(io::Error),
+}
+
+/// Pulls the blob and returns its index. `tell` hears how many bytes are here.
+pub(super) async fn pull(
+    store: &Store,
+    blob: Blob,
+    diff_id: Option<Digest>,
+    position: usize,
+    tell: impl Fn(u64) + Send,
+) -> Result<LayerIndex, PullFailure> {
+    let (sender, receiver) = mpsc::channel(QUEUE);
+    let (done, unpacked) = oneshot::channel();
+    let store = store.clone();
+    thread::Builder::new()
+        .name(format!("peel-pull-{position}"))
+        .spawn(move || {
+            // The receiver is gone when the load was given up.
+            let _ = done.send(unpack(&store, receiver, diff_id));
+        })
+        .map_err(PullFailure::Thread)?;
+    let received = receive(&blob, sender, tell).await;
+    let index = unpacked
+        .await
+        .unwrap_or_else(|_| Err(PullFailure::Broken("its unpacking ended early".to_owned())));
+    // What is wrong with the blob as a whole explains whatever its unpacking ran into.
+    received?;
+    index
+}
+
+/// Moves the blob's bytes to the thread. Goes on to the end when the thread needs no more, because only the end
+/// tells whether the digest is right.
+async fn receive(
+    blob: &Blob,
+    sender: mpsc::Sender<Bytes>,
+    tell: impl Fn(u64) + Send,
+) -> Result<(), PullFailure> {
+    let mut stream = blob.stream_verified().await.map_err(PullFailure::Registry)?;
+    let mut done = 0;
+    tell(done);
+    while let Some(bytes) = stream.next().await {
+        let bytes = bytes.map_err(PullFailure::Registry)?;
+        done += bytes.len() as u64;
+        tell(done);
+        // Closed means that the thread is done, well or not; it says so itself.
+        let _ = sender.send(bytes).await;
+    }
+    Ok(())
+}
+
+fn unpack(
+    store: &Store,
+    receiver: mpsc::Receiver<Bytes>,
+    diff_id: Option<Digest>,
+) -> Result<LayerIndex, PullFailure> {
+    let broken = |error: &dyn std::error::Error| PullFailure::Broken(chain(error));
+    let body = Body {
+        receiver,
+        current: Bytes::new(),
+    };
+    let (_, stream) = compression::decoder(body, Guard::default()).map_err(|error| broken(&error))?;
+    let hashed = Arc::new(Mutex::new(Hasher::new()));
+    let stream = Hashing {
+        stream,
+        hasher: Arc::clone(&hashed),
+    };
+    let mut sink = Objects {
+        store,
+        writer: None,
+        error: None,
+    };
+    let (index, _) = match index_tar(stream, &mut sink) {
+        Ok(result) => result,
+        Err(error) => {
+            return Err(match sink.error.take() {
+                Some(error) => PullFailure::Store(error),
+                None => broken(&error),
+            });
+        }
+    };
+    let found = std::mem::take(&mut *lock(&hashed)).finish();
+    match diff_id {
+        Some(expected) if expected != found => Err(PullFailure::Broken(format!(
+            "its uncompressed bytes have the digest {found}, the configuration says {expected}"
+        ))),
+        None => Err(PullFailure::Broken(
+            "the configuration does not list it".to_owned(),
+        )),
+        Some(_) => Ok(index),
+    }
+}
+
+/// An error and what it stems from.
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(error) = source {
+        text = format!("{text}: {error}");
+        source = error.source();
+    }
+    text
+}
+
+/// The blob as a `Read`.
+#[derive(Debug)]
+struct Body {
+    receiver: mpsc::Receiver<Bytes>,
+    current: Bytes,
+}
+
+impl Read for Body {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        while self.current.is_empty() {
+            match self.receiver.blocking_recv() {
+                Some(bytes) => self.current = bytes,
+                None => return Ok(0),
+            }
+        }
+        let length = self.current.len().min(buffer.len());
+        if let (Some(to), Some(from)) = (buffer.get_mut(..length), self.current.get(..length)) {
+            to.copy_from_slice(from);
+        }
+        self.current.advance(length);
+        Ok(length)
+    }
+}
+
+/// Hashes what passes.
+struct Hashing {
+    stream: Box<dyn Read + Send>,
+    hasher: Arc<Mutex<Hasher>>,
+}
+
+impl Read for Hashing {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let length = self.stream.read(buffer)?;
+        lock(&self.hasher).update(buffer.get(..length).unwrap_or_default());
+        Ok(length)
+    }
+}
+
+/// Writes files as objects.
+struct Objects<'a> {
+    store: &'a Store,
+    writer: Option<ObjectWriter>,
+    error: Option<peel_store::Error>,
+}
+
+impl Objects<'_> {
+    fn keep<T>(&mut self, result: Result<T, peel_store::Error>) -> io::Result<T> {
+        result.map_err(|error| {
+            self.error = Some(error);
+            io::Error::other("the store failed")
+        })
+    }
+}
+
+impl FileSink for Objects<'_> {
+    fn begin(&mut self, _path: &EntryPath, _size: u64) -> io::Result<()> {
+        let writer = self.store.object_writer();
+        self.writer = Some(self.keep(writer)?);
+        Ok(())
+    }
+
+    fn write(&mut self, data: &[u8]) -> io::Result<()> {
+        match &mut self.writer {
+            Some(writer) => io::Write::write_all(writer, data),
+            None => Err(io::Error::other("bytes of no file")),
+        }
+    }
+
+    fn finish(&mut self) -> io::Result<Digest> {
+        let writer = self
+            .writer
+            .take()
+            .ok_or_else(|| io::Error::other("end of no file"))?;
+        let digest = writer.finish(None);
+        self.keep(digest)
+    }
+}

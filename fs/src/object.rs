@@ -1,0 +1,514 @@
+//! The objects that the service knows: contents of files, named by their sha256, whoever's image they belong to.
+//!
+//! The [`Table`] gives every object a number for the life of the service, from which its inode number follows. An
+//! [`Object`] holds what changes: the images that can bring it, how much of it is here, which chunks are on their way,
+//! and the reads that wait.
+//!
+//! Locks: one per object and one for the table, both held for a few instructions, never across I/O, and never one
+//! inside the other.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+use std::os::unix::fs::FileExt;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, RwLock};
+use std::time::Instant;
+
+use peel_image::layer::Chunk;
+use peel_image::{Digest, Hasher};
+use peel_store::{ChunkState, PartialObject, Store};
+
+use crate::fetch::layer::{Layer, LayerFile};
+use crate::lock;
+
+/// Which list of chunks describes an object.
+///
+/// A list of one chunk is vouched for by the object's own name; any other is only as good as the TOC that it stands
+/// in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum ListId {
+    /// No chunks: only the whole layer brings the object.
+    Whole,
+    /// One chunk, the whole file, of this size.
+    Single(u64),
+    /// Several chunks: hash over sizes and digests.
+    Several(Digest),
+}
+
+impl ListId {
+    /// Identifies the list of a file of `size` bytes. Where the chunks come from does not matter.
+    pub(crate) fn of(size: u64, chunks: &[Chunk]) -> Self {
+        match chunks {
+            [] => Self::Whole,
+            [_] => Self::Single(size),
+            _ => {
+                let mut hasher = Hasher::new();
+                for chunk in chunks {
+                    hasher.update(&chunk.file_offset.to_le_bytes());
+                    hasher.update(&chunk.size.to_le_bytes());
+                    hasher.update(chunk.digest.as_bytes());
+                }
+                Self::Several(hasher.finish())
+            }
+        }
+    }
+}
+
+/// A layer that can bring an object.
+#[derive(Debug, Clone)]
+pub(crate) struct Source {
+    /// The layer.
+    pub(crate) layer: Arc<Layer>,
+    /// Index into its files.
+    pub(crate) file: u32,
+}
+
+impl Source {
+    /// The file in that layer.
+    pub(crate) fn file(&self) -> Option<&LayerFile> {
+        self.layer.files.get(self.file as usize)
+    }
+}
+
+/// How much of an object is here.
+#[derive(Debug, Clone, Default)]
+pub(crate) enum Backing {
+    /// Nobody has looked yet.
+    #[default]
+    Unknown,
+    /// Nothing that could be read piece by piece.
+    Nothing,
+    /// Some chunks may be here.
+    Partial(Arc<PartialObject>),
+    /// All of it, in the store's objects. The file is there while the object is open.
+    Complete(Option<Arc<File>>),
+}
+
+/// A chunk between the decision to fetch it and its rest on disk.
+#[derive(Debug, Clone)]
+pub(crate) enum Flight {
+    /// Somebody holds the claim to bring it.
+    Claimed,
+    /// Verified, in memory, being written.
+    Writing(Arc<Vec<u8>>),
+}
+
+/// How a read that had to wait is answered: bytes or EIO. Called once; dropping it answers EIO.
+pub(crate) type Answer = Box<dyn FnOnce(Result<&[u8], rustix::io::Errno>) + Send>;
+
+/// A read that waits for chunks.
+pub(crate) struct Waiter {
+    pub(crate) offset: u64,
+    pub(crate) length: usize,
+    pub(crate) deadline: Instant,
+    /// Chunks that it still waits for; with [`Waiter::whole`], it waits for the whole object besides.
+    pub(crate) missing: BTreeSet<u32>,
+    /// The read may only be answered once the object is complete.
+    pub(crate) whole: bool,
+    pub(crate) answer: Answer,
+}
+
+impl std::fmt::Debug for Waiter {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(
+            f,
+            "Waiter({}+{}, missing {:?})",
+            self.offset, self.length, self.missing
+        )
+    }
+}
+
+/// What changes of an object.
+#[derive(Debug, Default)]
+pub(crate) struct State {
+    /// Who can bring it.
+    pub(crate) sources: Vec<Source>,
+    /// How much is here.
+    pub(crate) backing: Backing,
+    /// The chunk list by which bytes were or are exposed.
+    pub(crate) list: Option<ListId>,
+    /// Images disagree about the chunk list: nothing is exposed before the whole hash was checked.
+    pub(crate) strict: bool,
+    /// Lists that led to a file with another hash.
+    pub(crate) false_lists: Vec<ListId>,
+    /// Counts changes of the list: what was claimed under an earlier one no longer matters.
+    pub(crate) generation: u32,
+    /// FUSE opens.
+    pub(crate) opens: u32,
+    /// Chunks on their way, by index.
+    pub(crate) flights: BTreeMap<u32, Flight>,
+    /// Reads that wait.
+    pub(crate) waiters: Vec<Waiter>,
+    /// Chunks whose bytes were wrong once; the next time the reads that wait fail.
+    pub(crate) wrong: BTreeSet<u32>,
+    /// Failed fetches since the last good one.
+    pub(crate) failures: u32,
+}
+
+impl State {
+    /// The source to fetch from: one with the list in use. Takes turns after failures.
+    pub(crate) fn source(&self) -> Option<Source> {
+        let usable: Vec<&Source> = self
+            .sources
+            .iter()
+            .filter(|source| {
+                !source.layer.is_closed() && source.file().is_some_and(|file| self.may_use(file))
+            })
+            .collect();
+        let turn = usize::try_from(self.failures).unwrap_or(0);
+        usable
+            .get(turn.checked_rem(usable.len())?)
+            .map(|source| (*source).clone())
+    }
+
+    /// Whether chunks may be fetched by this file's list.
+    pub(crate) fn may_use(&self, file: &LayerFile) -> bool {
+        file.list != ListId::Whole
+            && self.list.is_none_or(|list| list == file.list)
+            && !self.false_lists.contains(&file.list)
+    }
+
+    /// Leaves the chunk list in use, and all that came by it.
+    pub(crate) fn change_list(&mut self) {
+        self.generation = self.generation.wrapping_add(1);
+        self.flights.clear();
+        self.wrong.clear();
+        self.list = None;
+        self.backing = Backing::Unknown;
+    }
+
+    /// The bytes of a range, if they are here and may be exposed.
+    pub(crate) fn snapshot(&self, offset: u64, length: usize) -> Option<Snapshot> {
+        if let Backing::Complete(_) = self.backing {
+            return Some(Snapshot::complete(&self.backing));
+        }
+        if self.strict {
+            return None;
+        }
+        let source = self.source()?;
+        let chunks = &source.file()?.chunks;
+        let mut memory = Vec::new();
+        for index in chunks_under(chunks, offset, length) {
+            if self.has(index) != Presence::Here {
+                return None;
+            }
+            if let (Some(Flight::Writing(bytes)), Some(chunk)) =
+                (self.flights.get(&index), chunks.get(index as usize))
+            {
+                memory.push((chunk.file_offset, Arc::clone(bytes)));
+            }
+        }
+        Some(Snapshot {
+            backing: self.backing.clone(),
+            memory,
+        })
+    }
+
+    /// Whether the chunk is here or on its way.
+    pub(crate) fn has(&self, chunk: u32) -> Presence {
+        if let Backing::Complete(_) = self.backing {
+            return Presence::Here;
+        }
+        match self.flights.get(&chunk) {
+            Some(Flight::Claimed) => return Presence::Coming,
+            Some(Flight::Writing(_)) => return Presence::Here,
+            None => {}
+        }
+        let Backing::Partial(partial) = &self.backing else {
+            return Presence::Missing;
+        };
+        match partial.state(chunk as usize) {
+            ChunkState::Present => Presence::Here,
+            ChunkState::Unverified => Presence::Unverified,
+            ChunkState::Missing => Presence::Missing,
+        }
+    }
+}
+
+/// Bytes that may be exposed, ready to be copied without a lock.
+#[derive(Debug)]
+pub(crate) struct Snapshot {
+    backing: Backing,
+    /// Chunks that are not on disk yet: place in the file and bytes, ascending.
+    memory: Vec<(u64, Arc<Vec<u8>>)>,
+}
+
+impl Snapshot {
+    /// Of an object that is complete.
+    pub(crate) fn complete(backing: &Backing) -> Self {
+        Self {
+            backing: backing.clone(),
+            memory: Vec::new(),
+        }
+    }
+
+    /// Copies a range that lies inside what the snapshot was taken for; replaces what `bytes` held.
+    pub(crate) fn read_into(
+        &self,
+        store: &Store,
+        digest: &Digest,
+        offset: u64,
+        length: usize,
+        bytes: &mut Vec<u8>,
+    ) -> io::Result<()> {
+        bytes.clear();
+        while bytes.len() < length {
+            let at = offset + bytes.len() as u64;
+            let left = length - bytes.len();
+            if let Some(piece) = self.in_memory(at) {
+                bytes.extend_from_slice(piece.get(..left).unwrap_or(piece));
+                continue;
+            }
+            let next = self
+                .memory
+                .iter()
+                .map(|(start, _)| *start)
+                .find(|start| *start > at);
+            let run = next.map_or(left, |next| {
+                usize::try_from(next - at).map_or(left, |run| run.min(left))
+            });
+            self.on_disk(store, digest, at, run, bytes)?;
+        }
+        Ok(())
+    }
+
+    fn in_memory(&self, at: u64) -> Option<&[u8]> {
+        self.memory.iter().find_map(|(start, bytes)| {
+            let skip = usize::try_from(at.checked_sub(*start)?).ok()?;
+            bytes.get(skip..).filter(|rest| !rest.is_empty())
+        })
+    }
+
+    fn on_disk(
+        &self,
+        store: &Store,
+        digest: &Digest,
+        at: u64,
+        run: usize,
+        bytes: &mut Vec<u8>,
+    ) -> io::Result<()> {
+        let length = bytes.len();
+        let read = |file: &File, bytes: &mut Vec<u8>| {
+            bytes.resize(length + run, 0);
+            file.read_exact_at(bytes.get_mut(length..).unwrap_or_default(), at)
+        };
+        match &self.backing {
+            Backing::Complete(Some(file)) => read(file, bytes),
+            Backing::Complete(None) => {
+                let file = store.open_object(digest).map_err(io::Error::other)?;
+                read(&file.ok_or(io::ErrorKind::NotFound)?, bytes)
+            }
+            Backing::Partial(partial) => {
+                let part = partial.read(at, run).map_err(io::Error::other)?;
+                if part.len() != run {
+                    return Err(io::ErrorKind::UnexpectedEof.into());
+                }
+                bytes.extend_from_slice(&part);
+                Ok(())
+            }
+            Backing::Unknown | Backing::Nothing => Err(io::ErrorKind::NotFound.into()),
+        }
+    }
+}
+
+/// Numbers of the chunks that hold a range of the file.
+pub(crate) fn chunks_under(chunks: &[Chunk], offset: u64, length: usize) -> Range<u32> {
+    let end = offset.saturating_add(length as u64);
+    let first = chunks.partition_point(|chunk| chunk.file_offset.saturating_add(chunk.size) <= offset);
+    let last = chunks.partition_point(|chunk| chunk.file_offset < end);
+    let number = |index: usize| u32::try_from(index).unwrap_or(u32::MAX);
+    number(first)..number(last.max(first))
+}
+
+/// Where a chunk is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Presence {
+    /// Verified: on disk or in memory.
+    Here,
+    /// Claimed.
+    Coming,
+    /// On disk from an earlier process.
+    Unverified,
+    /// Nowhere.
+    Missing,
+}
+
+/// The content of a file.
+#[derive(Debug)]
+pub(crate) struct Object {
+    /// Its name.
+    pub(crate) digest: Digest,
+    /// Its place in the table.
+    pub(crate) number: u32,
+    size: AtomicU64,
+    /// An overlay may have found it in FUSE since the overlays were last made to forget.
+    pub(crate) seen: AtomicBool,
+    /// What changes.
+    pub(crate) state: Mutex<State>,
+}
+
+impl Object {
+    /// Length in bytes, as the first image that named it says.
+    pub(crate) fn size(&self) -> u64 {
+        self.size.load(Ordering::Relaxed)
+    }
+
+    /// Corrects the length, once the object is complete.
+    pub(crate) fn set_size(&self, size: u64) {
+        self.size.store(size, Ordering::Relaxed);
+    }
+
+    /// Adds a source. When the images disagree about the chunk list from now on, returns the reads that wait, which have to
+    /// start over; and what the kernel may have cached of the object must go.
+    pub(crate) fn add_source(&self, source: Source) -> Option<Vec<Waiter>> {
+        let file = source.file()?;
+        let (list, size) = (file.list, file.chunks.iter().map(|chunk| chunk.size).sum::<u64>());
+        let mut state = lock(&self.state);
+        let known = state.list.or_else(|| {
+            let mut lists = state
+                .sources
+                .iter()
+                .filter_map(Source::file)
+                .map(|file| file.list);
+            lists.find(|list| *list != ListId::Whole)
+        });
+        state.sources.push(source);
+        if list == ListId::Whole || state.strict || matches!(state.backing, Backing::Complete(_)) {
+            return None;
+        }
+        if known.is_none_or(|known| known == list) && size == self.size() {
+            return None;
+        }
+        state.strict = true;
+        Some(std::mem::take(&mut state.waiters))
+    }
+
+    /// Removes the sources of an image. Reads that nobody can answer any more are handed back.
+    pub(crate) fn remove_image(&self, image: u64) -> Vec<Waiter> {
+        let mut state = lock(&self.state);
+        state.sources.retain(|source| source.layer.image != image);
+        if state.strict && state.source().is_none() && !matches!(state.backing, Backing::Complete(_)) {
+            state.change_list();
+        }
+        if state.sources.is_empty() && !matches!(state.backing, Backing::Complete(_)) {
+            // Claims that are under way resolve by themselves.
+            return std::mem::take(&mut state.waiters);
+        }
+        Vec::new()
+    }
+
+    /// Takes the reads whose time is over.
+    pub(crate) fn expired(&self, now: Instant) -> Vec<Waiter> {
+        let mut state = lock(&self.state);
+        let (expired, waiting) = std::mem::take(&mut state.waiters)
+            .into_iter()
+            .partition(|waiter| waiter.deadline <= now);
+        state.waiters = waiting;
+        expired
+    }
+
+    /// A path by which some image knows the object, for messages, with the digest of its layer.
+    pub(crate) fn describe(&self) -> String {
+        let state = lock(&self.state);
+        match state.sources.first() {
+            Some(source) => {
+                let path = source
+                    .file()
+                    .map(|file| file.path.to_string())
+                    .unwrap_or_default();
+                format!("{path} of layer {}", source.layer.digest)
+            }
+            None => format!("object {}", self.digest),
+        }
+    }
+}
+
+/// All objects, by digest and by number.
+#[derive(Debug, Default)]
+pub(crate) struct Table(RwLock<Numbered>);
+
+#[derive(Debug, Default)]
+struct Numbered {
+    by_digest: HashMap<Digest, u32>,
+    objects: Vec<Arc<Object>>,
+}
+
+impl Table {
+    /// Number of the object, which is added if it is not known.
+    pub(crate) fn add(&self, digest: &Digest, size: u64) -> u32 {
+        let mut table = self.0.write().unwrap_or_else(std::sync::PoisonError::into_inner);
+        if let Some(number) = table.by_digest.get(digest) {
+            return *number;
+        }
+        // Each object costs some 200 bytes of memory: four billion of them do not fit.
+        let number = u32::try_from(table.objects.len()).unwrap_or(u32::MAX);
+        table.objects.push(Arc::new(Object {
+            digest: *digest,
+            number,
+            size: AtomicU64::new(size),
+            seen: AtomicBool::new(false),
+            state: Mutex::default(),
+        }));
+        table.by_digest.insert(*digest, number);
+        number
+    }
+
+    /// The object of that number.
+    pub(crate) fn get(&self, number: u32) -> Option<Arc<Object>> {
+        let table = self.0.read().unwrap_or_else(std::sync::PoisonError::into_inner);
+        table.objects.get(number as usize).cloned()
+    }
+
+    /// The object of that name.
+    pub(crate) fn find(&self, digest: &Digest) -> Option<Arc<Object>> {
+        let table = self.0.read().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let number = table.by_digest.get(digest)?;
+        table.objects.get(*number as usize).cloned()
+    }
+
+    /// All objects.
+    pub(crate) fn all(&self) -> Vec<Arc<Object>> {
+        let table = self.0.read().unwrap_or_else(std::sync::PoisonError::into_inner);
+        table.objects.clone()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_stay_with_their_digest() {
+        let table = Table::default();
+        let (a, b) = (Digest::of(b"a"), Digest::of(b"b"));
+        let first = table.add(&a, 1);
+        let second = table.add(&b, 2);
+        assert_ne!(first, second);
+        assert_eq!(table.add(&a, 99), first);
+        assert_eq!(table.find(&a).unwrap().size(), 1, "the first size counts");
+        assert_eq!(table.get(second).unwrap().digest, b);
+        assert!(table.find(&Digest::EMPTY).is_none());
+    }
+
+    #[test]
+    fn reads_expire_at_their_deadline() {
+        let table = Table::default();
+        let object = table.get(table.add(&Digest::EMPTY, 10)).unwrap();
+        let now = Instant::now();
+        for seconds in [1, 3] {
+            lock(&object.state).waiters.push(Waiter {
+                offset: 0,
+                length: 1,
+                deadline: now + std::time::Duration::from_secs(seconds),
+                missing: BTreeSet::from([0]),
+                whole: false,
+                answer: Box::new(|_| {}),
+            });
+        }
+        assert_eq!(object.expired(now).len(), 0);
+        assert_eq!(object.expired(now + std::time::Duration::from_secs(2)).len(), 1);
+        assert_eq!(lock(&object.state).waiters.len(), 1);
+    }
+}

@@ -1,0 +1,302 @@
+//! The service: one per store. Owns the object file system, the fetch engine and the loaded images.
+
+use std::collections::HashMap;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, Weak};
+
+use crossbeam_channel::Sender;
+use fuser::Notifier;
+use peel_image::Digest;
+use peel_store::Store;
+
+use crate::error::Error;
+use crate::fetch::layer::Layer;
+use crate::fetch::{Engine, Events, fail};
+use crate::load::{self, Loaded};
+use crate::mount::{self, FuseMount};
+use crate::native::Native;
+use crate::object_fs::{self, Lookups, Served};
+use crate::{LayerReport, LoadRequest, Options, Progress, Stats, lock};
+
+/// How far the kernel reads ahead in the object file system, in KiB: the largest FUSE request on a kernel with its
+/// default limit of 256 pages. A chunk is 4 MiB as a rule, so larger requests only save calls.
+const READ_AHEAD_KIB: u32 = 1024;
+
+/// The one per store: object file system, fetcher, loaded images. Cheap to clone; stops when it, all images and all
+/// mounts are dropped.
+#[derive(Clone, Debug)]
+pub struct Service {
+    shared: Arc<Shared>,
+}
+
+/// What the service, its images and its mounts share.
+#[derive(Debug)]
+pub(crate) struct Shared {
+    pub(crate) engine: Arc<Engine>,
+    pub(crate) lookups: Arc<Lookups>,
+    native: Native,
+    fuse: FuseMount,
+    objects: OwnedFd,
+    served: Mutex<Served>,
+    images: Mutex<HashMap<String, Weak<Image>>>,
+    next_image: AtomicU64,
+    stopped: AtomicBool,
+}
+
+/// An image whose tree is known. Dropping the last handle ends its prefetch and forgets its sources.
+#[derive(Debug)]
+pub struct Image {
+    shared: Arc<Shared>,
+    loaded: Loaded,
+    sources: Arc<Sources>,
+}
+
+/// The layers that an image can be fetched from. They may become known after the image itself.
+#[derive(Debug, Default)]
+pub(crate) struct Sources(Mutex<SourcesState>);
+
+#[derive(Debug, Default)]
+struct SourcesState {
+    layers: Vec<Arc<Layer>>,
+    closed: bool,
+}
+
+impl Sources {
+    /// Makes a layer's chunks available. False when the image is gone already.
+    pub(crate) fn add(&self, engine: &Arc<Engine>, layer: &Arc<Layer>) -> bool {
+        {
+            let mut state = lock(&self.0);
+            if state.closed {
+                return false;
+            }
+            state.layers.push(Arc::clone(layer));
+        }
+        engine.register(layer);
+        true
+    }
+
+    fn close(&self, engine: &Engine) {
+        let layers = {
+            let mut state = lock(&self.0);
+            state.closed = true;
+            std::mem::take(&mut state.layers)
+        };
+        for layer in &layers {
+            layer.close();
+        }
+        for layer in &layers {
+            for file in &layer.files {
+                if let Some(object) = engine.table.get(file.object) {
+                    fail(object.remove_image(layer.image));
+                }
+            }
+        }
+    }
+}
+
+/// A mounted root file system. While it lives, files that complete go back to the kernel for its later opens.
+#[derive(Debug)]
+pub struct MountedImage {
+    overlay: Arc<OwnedFd>,
+    image: Arc<Image>,
+}
+
+struct Hooks {
+    notifier: Notifier,
+    completions: Sender<()>,
+}
+
+impl Events for Hooks {
+    fn completed(&self) {
+        // Full means that the thread has a message to come to.
+        let _ = self.completions.try_send(());
+    }
+
+    fn invalidate(&self, object: u32) {
+        object_fs::invalidate(&self.notifier, object);
+    }
+}
+
+impl Service {
+    /// Locks the store, mounts the object file system (detached: it appears nowhere), starts the threads.
+    pub fn start(store: Store, options: Options) -> Result<Self, Error> {
+        store.lock()?;
+        raise_open_files();
+        let objects = mount::open_directory(&store.objects_dir())?;
+        let fuse = mount::fuse()?;
+        let engine = Engine::start(store, &options)?;
+        let lookups = Arc::<Lookups>::default();
+        let native = Native::start()?;
+        let served = object_fs::serve(&engine, &lookups, object_fs::duplicate(&fuse.device)?)?;
+        engine.listen(Box::new(Hooks {
+            notifier: served.notifier(),
+            completions: native.completions(),
+        }));
+        if let Err(error) = mount::set_read_ahead(fuse.mount.as_fd(), READ_AHEAD_KIB) {
+            tracing::debug!(%error, "the kernel keeps its default readahead for incomplete files");
+        }
+        Ok(Self {
+            shared: Arc::new(Shared {
+                engine,
+                lookups,
+                native,
+                fuse,
+                objects,
+                served: Mutex::new(served),
+                images: Mutex::default(),
+                next_image: AtomicU64::new(0),
+                stopped: AtomicBool::new(false),
+            }),
+        })
+    }
+
+    /// Finds the image, fetches its metadata, builds its tree. Blocks; call it from a thread of your own, not from an
+    /// asynchronous task.
+    pub fn load(
+        &self,
+        request: &LoadRequest,
+        progress: &(dyn Fn(Progress) + Send + Sync),
+    ) -> Result<Arc<Image>, Error> {
+        if self.shared.stopped.load(Ordering::Acquire) {
+            return Err(Error::Stopping);
+        }
+        let number = self.shared.next_image.fetch_add(1, Ordering::Relaxed);
+        let (loaded, sources) = load::load(&self.shared, number, request, progress)?;
+        let key = format!(
+            "{} {} {}",
+            request.name,
+            request.platform.as_deref().unwrap_or_default(),
+            loaded.manifest_digest
+        );
+        let image = Arc::new(Image {
+            shared: Arc::clone(&self.shared),
+            loaded,
+            sources,
+        });
+        let mut images = lock(&self.shared.images);
+        images.retain(|_, image| image.strong_count() > 0);
+        images.insert(key, Arc::downgrade(&image));
+        Ok(image)
+    }
+
+    /// Mounts the image's root file system, detached. `scratch` is an empty directory for the writable layer (made
+    /// by the caller, on the store's file system); `None` mounts read-only.
+    pub fn mount(&self, image: &Arc<Image>, scratch: Option<&Path>) -> Result<MountedImage, Error> {
+        let shared = &self.shared;
+        let tree = mount::erofs(&image.loaded.erofs)?;
+        let overlay = mount::overlay(
+            &image.loaded.manifest_digest.to_string(),
+            tree.as_fd(),
+            &[shared.objects.as_fd(), shared.fuse.mount.as_fd()],
+            scratch,
+        )?;
+        let overlay = Arc::new(overlay);
+        shared.native.add(&overlay);
+        Ok(MountedImage {
+            overlay,
+            image: Arc::clone(image),
+        })
+    }
+
+    /// Counters.
+    pub fn stats(&self) -> Stats {
+        self.shared.engine.stats()
+    }
+
+    /// The `/dev/fuse` descriptor. Whoever holds a duplicate keeps the connection, and the reads that wait on it, alive
+    /// beyond this process.
+    pub fn fuse_device(&self) -> BorrowedFd<'_> {
+        self.shared.fuse.device.as_fd()
+    }
+
+    /// Ends the threads and unmounts. Reads that wait get EIO.
+    pub fn stop(self) {
+        self.shared.stop();
+    }
+}
+
+impl Shared {
+    fn stop(&self) {
+        if self.stopped.swap(true, Ordering::AcqRel) {
+            return;
+        }
+        self.engine.stop();
+        match mount::abort_fuse(self.fuse.mount.as_fd()) {
+            Ok(()) => lock(&self.served).join(),
+            Err(error) => {
+                tracing::error!(%error, "the object file system stays until its last mount is gone")
+            }
+        }
+        if let Err(error) = self.engine.store.checkpoint() {
+            tracing::error!(%error, "the store was not closed cleanly");
+        }
+    }
+}
+
+impl Drop for Shared {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+impl Image {
+    /// Digest of the platform's manifest.
+    pub fn manifest_digest(&self) -> Digest {
+        self.loaded.manifest_digest
+    }
+
+    /// The manifest, byte for byte.
+    pub fn manifest(&self) -> &[u8] {
+        &self.loaded.manifest
+    }
+
+    /// The configuration, byte for byte.
+    pub fn config(&self) -> &[u8] {
+        &self.loaded.config
+    }
+
+    /// The layers, lowest first.
+    pub fn layers(&self) -> &[LayerReport] {
+        &self.loaded.reports
+    }
+
+    /// The EROFS image of its tree.
+    pub fn erofs(&self) -> &PathBuf {
+        &self.loaded.erofs
+    }
+}
+
+impl Drop for Image {
+    fn drop(&mut self) {
+        self.sources.close(&self.shared.engine);
+    }
+}
+
+impl MountedImage {
+    /// The detached overlay mount; `move_mount` it to where it should appear, in any mount namespace. Once.
+    pub fn mount_fd(&self) -> BorrowedFd<'_> {
+        self.overlay.as_ref().as_fd()
+    }
+
+    /// A duplicate of the mount descriptor to send to another process.
+    pub fn try_clone_fd(&self) -> std::io::Result<OwnedFd> {
+        self.overlay.try_clone()
+    }
+
+    /// The image that it shows.
+    pub fn image(&self) -> &Arc<Image> {
+        &self.image
+    }
+}
+
+/// Every object that is open through FUSE, and every partial object, needs a descriptor.
+fn raise_open_files() {
+    use rustix::process::{Resource, getrlimit, setrlimit};
+    let mut limit = getrlimit(Resource::Nofile);
+    limit.current = limit.maximum;
+    if let Err(error) = setrlimit(Resource::Nofile, limit) {
+        tracing::warn!(%error, "cannot raise the limit of open files");
+    }
+}

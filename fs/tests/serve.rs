@@ -1,0 +1,462 @@
+//! Real mounts of the vector images, served from layouts and from a registry that misbehaves. Needs root, FUSE, EROFS from
+//! files and overlayfs with data-only layers (Linux 6.13); fails with the kernel's message where they are missing.
+
+#[path = "serve/registry.rs"]
+mod registry;
+#[path = "serve/support.rs"]
+mod support;
+
+use std::fs::{self, File};
+use std::io::Read;
+use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
+use std::sync::atomic::Ordering;
+use std::thread;
+use std::time::Duration;
+
+use peel_fs::{Error, Options, Progress, PullPolicy};
+use peel_image::Digest;
+
+use registry::Registry;
+use support::{Host, eventually, expected, layer, place, vectors};
+
+/// A file of several chunks.
+const BIG: &str = "usr/lib/big.bin";
+
+fn oci(tag: &str) -> String {
+    format!("oci:{}:{tag}", vectors().join("oci").display())
+}
+
+fn registry() -> Registry {
+    Registry::start(&vectors().join("oci"))
+}
+
+fn digest_of(path: &std::path::Path) -> Digest {
+    Digest::of(&fs::read(path).unwrap())
+}
+
+#[test]
+fn every_vector_mounts_to_the_expected_listing() {
+    let expected = expected();
+    for tag in ["org", "esgz", "esgz-opt", "esgz-chunk64k", "esgz-min50k"] {
+        let host = Host::new();
+        let image = host.load(&oci(tag));
+        let lazy = image
+            .layers()
+            .iter()
+            .filter(|layer| layer.not_lazy.is_none())
+            .count();
+        assert_eq!(
+            lazy,
+            if tag == "org" { 0 } else { 3 },
+            "{tag}: {:?}",
+            image.layers()
+        );
+        let mount = host.mount(&image);
+        assert_eq!(mount.listing(), expected, "{tag}: cold");
+        assert_eq!(mount.listing(), expected, "{tag}: warm");
+        let writable = host.mount_writable(&image);
+        assert_eq!(writable.listing(), expected, "{tag}: with a writable layer");
+    }
+}
+
+#[test]
+fn all_vectors_in_one_store_share_their_files() {
+    let host = Host::new();
+    let mounts: Vec<_> = ["esgz", "esgz-opt", "esgz-chunk64k", "org"]
+        .into_iter()
+        .map(|tag| host.open(&oci(tag)))
+        .collect();
+    for mount in &mounts {
+        assert_eq!(mount.listing(), expected());
+    }
+    let digest = digest_of(&mounts[0].path(BIG));
+    let object = fs::metadata(host.object(&digest)).unwrap();
+    assert_eq!((object.nlink(), object.len()), (1, 5_518_890), "one file on disk");
+}
+
+#[test]
+fn a_second_image_fetches_nothing_that_is_here() {
+    let registry = registry();
+    let host = Host::new();
+    let first = host.open(&registry.image("esgz"));
+    let content = fs::read(first.path(BIG)).unwrap();
+    let second = host.open(&registry.image("esgz-opt"));
+    let before = registry.blob_requests();
+    assert_eq!(fs::read(second.path(BIG)).unwrap(), content);
+    assert_eq!(registry.blob_requests(), before, "the bytes are here already");
+}
+
+#[test]
+fn a_damaged_chunk_fails_its_file_alone_until_it_is_repaired() {
+    let registry = registry();
+    let (blob, index) = layer("esgz", 0);
+    let big = place(&index, BIG);
+    assert!(big.chunks.len() > 1, "{BIG} has several chunks");
+    let middle = (big.chunks[1].start + big.chunks[1].end) / 2;
+    registry
+        .behaviour
+        .damage
+        .lock()
+        .unwrap()
+        .insert(blob, vec![middle]);
+    let host = Host::new();
+    let mount = host.open(&registry.image("esgz"));
+    let error = fs::read(mount.path(BIG)).unwrap_err();
+    assert_eq!(error.raw_os_error(), Some(libc_eio()), "{error}");
+    let mut start = vec![0; 1000];
+    File::open(mount.path(BIG))
+        .unwrap()
+        .read_exact_at(&mut start, 0)
+        .unwrap();
+    assert_eq!(fs::read(mount.path("etc/os-release")).unwrap().len(), 24);
+    registry.behaviour.damage.lock().unwrap().clear();
+    assert_eq!(digest_of(&mount.path(BIG)), big.digest, "after the repair");
+}
+
+fn libc_eio() -> i32 {
+    rustix::io::Errno::IO.raw_os_error()
+}
+
+#[test]
+fn many_readers_of_a_missing_chunk_make_one_request() {
+    let registry = registry();
+    let host = Host::new();
+    let mount = host.open(&registry.image("esgz"));
+    let before = registry.blob_requests();
+    registry.behaviour.delay.store(200, Ordering::SeqCst);
+    thread::scope(|scope| {
+        for _ in 0..16 {
+            scope.spawn(|| assert_eq!(fs::read(mount.path("etc/os-release")).unwrap().len(), 24));
+        }
+    });
+    assert_eq!(registry.blob_requests() - before, 1);
+}
+
+#[test]
+fn random_reads_from_many_threads_see_the_right_bytes() {
+    let registry = registry();
+    registry.behaviour.delay.store(5, Ordering::SeqCst);
+    let reference = {
+        let host = Host::new();
+        fs::read(host.open(&oci("org")).path(BIG)).unwrap()
+    };
+    let host = Host::new();
+    let mount = host.open(&registry.image("esgz-chunk64k"));
+    thread::scope(|scope| {
+        for seed in 0..8_usize {
+            let (mount, reference) = (&mount, &reference);
+            scope.spawn(move || {
+                let file = File::open(mount.path(BIG)).unwrap();
+                let mut state = seed * 7919 + 1;
+                for _ in 0..200 {
+                    state = state
+                        .wrapping_mul(6_364_136_223_846_793_005)
+                        .wrapping_add(1_442_695_040_888_963_407);
+                    let offset = (state >> 16) % reference.len();
+                    let length = ((state >> 40) % 100_000).min(reference.len() - offset);
+                    let mut bytes = vec![0; length];
+                    file.read_exact_at(&mut bytes, offset as u64).unwrap();
+                    assert!(
+                        bytes == reference[offset..offset + length],
+                        "at {offset}+{length}"
+                    );
+                }
+            });
+        }
+    });
+    eventually("the file becomes an object", || {
+        fs::read(mount.path(BIG)).unwrap();
+        host.object(&Digest::of(&reference)).exists()
+    });
+}
+
+#[test]
+fn an_outage_delays_reads_and_an_endless_one_fails_them() {
+    let registry = registry();
+    let host = Host::with(Options {
+        read_deadline: Duration::from_secs(3),
+    });
+    let mount = host.open(&registry.image("esgz"));
+    registry.behaviour.down.store(true, Ordering::SeqCst);
+    let error = fs::read(mount.path("etc/os-release")).unwrap_err();
+    assert_eq!(error.raw_os_error(), Some(libc_eio()), "{error}");
+    thread::scope(|scope| {
+        let reader = scope.spawn(|| fs::read(mount.path("etc/passwd")));
+        thread::sleep(Duration::from_millis(500));
+        registry.behaviour.down.store(false, Ordering::SeqCst);
+        assert_eq!(reader.join().unwrap().unwrap().len(), 26);
+    });
+    assert_eq!(
+        fs::read(mount.path("etc/os-release")).unwrap().len(),
+        24,
+        "the failure is not remembered"
+    );
+}
+
+#[test]
+fn a_completed_file_needs_no_daemon() {
+    let registry = registry();
+    let host = Host::new();
+    let image = host.load(&registry.image("esgz"));
+    let mut mount = host.mount(&image);
+    drop(image);
+    let mut byte = [0];
+    File::open(mount.path(BIG))
+        .unwrap()
+        .read_exact(&mut byte)
+        .unwrap();
+    let digest = digest_of(&mount.path(BIG));
+    eventually("the file becomes an object", || host.object(&digest).exists());
+    // The overlay is made to forget after a pause.
+    thread::sleep(Duration::from_secs(1));
+    mount.forget();
+    host.service.clone().stop();
+    assert_eq!(digest_of(&mount.path(BIG)), digest, "read without the daemon");
+    let error = fs::read(mount.path("usr/lib/mod299.py"));
+    assert!(
+        error.is_err() || host.object(&Digest::of(&error.unwrap())).exists(),
+        "what is missing is an error, never other bytes"
+    );
+}
+
+#[test]
+fn a_known_image_starts_without_a_request_and_keeps_its_chunks() {
+    let registry = registry();
+    let mut host = Host::new();
+    let first = registry.image("esgz");
+    {
+        let mount = host.open(&first);
+        let mut start = vec![0; 1 << 20];
+        File::open(mount.path(BIG))
+            .unwrap()
+            .read_exact_at(&mut start, 0)
+            .unwrap();
+        assert_eq!(fs::read(mount.path("etc/os-release")).unwrap().len(), 24);
+    }
+    let keeps = host.store.join("records/names");
+    eventually("the name is kept", || {
+        fs::read_dir(&keeps).unwrap().next().is_some()
+    });
+    host = host.restart(Options::default());
+    let before = registry.behaviour.requests.load(Ordering::SeqCst);
+    let mount = host.open(&first);
+    let mut start = vec![0; 1 << 20];
+    File::open(mount.path(BIG))
+        .unwrap()
+        .read_exact_at(&mut start, 0)
+        .unwrap();
+    assert_eq!(fs::read(mount.path("etc/os-release")).unwrap().len(), 24);
+    assert_eq!(
+        registry.behaviour.requests.load(Ordering::SeqCst),
+        before,
+        "everything that is read is here"
+    );
+    assert_eq!(mount.listing(), expected(), "the rest is fetched");
+}
+
+#[test]
+fn prefetch_brings_the_prioritized_files_unasked() {
+    let registry = registry();
+    let host = Host::new();
+    let mut request = host.request(&registry.image("esgz-opt"));
+    request.prefetch = true;
+    let image = host.service.load(&request, &|_| {}).unwrap();
+    let (_, index) = layer("esgz-opt", 0);
+    assert!(index.prefetch_end.is_some(), "the layer has a landmark");
+    for path in ["usr/lib/mod007.py", "bin/sh", "etc/os-release", BIG] {
+        let file = place(&index, path);
+        eventually(path, || host.object(&file.digest).exists());
+    }
+    let before = registry.blob_requests();
+    let mount = host.mount(&image);
+    assert_eq!(
+        fs::metadata(mount.path(BIG)).unwrap().len(),
+        place(&index, BIG).size
+    );
+    fs::read(mount.path(BIG)).unwrap();
+    assert_eq!(registry.blob_requests(), before);
+}
+
+#[test]
+fn images_that_disagree_about_chunks_see_the_same_bytes() {
+    let registry = registry();
+    let host = Host::new();
+    let coarse = host.open(&registry.image("esgz"));
+    let mut start = vec![0; 4096];
+    File::open(coarse.path(BIG))
+        .unwrap()
+        .read_exact_at(&mut start, 0)
+        .unwrap();
+    let fine = host.open(&registry.image("esgz-chunk64k"));
+    let mut again = vec![0; 4096];
+    File::open(fine.path(BIG))
+        .unwrap()
+        .read_exact_at(&mut again, 0)
+        .unwrap();
+    assert!(start == again);
+    let (_, index) = layer("esgz", 0);
+    let digest = place(&index, BIG).digest;
+    assert!(
+        host.object(&digest).exists(),
+        "served only once the whole was checked"
+    );
+    assert_eq!(digest_of(&fine.path(BIG)), digest);
+}
+
+#[test]
+fn a_writable_mount_copies_up_and_leaves_the_image_alone() {
+    let host = Host::new();
+    let image = host.load(&oci("esgz"));
+    let (first, second) = (host.mount_writable(&image), host.mount_writable(&image));
+    let before = fs::read(first.path("etc/passwd")).unwrap();
+    let mut changed = before.clone();
+    changed.extend_from_slice(b"more\n");
+    fs::write(first.path("etc/passwd"), &changed).unwrap();
+    std::os::unix::fs::chown(first.path(BIG), Some(5), Some(6)).unwrap();
+    fs::remove_file(first.path("etc/os-release")).unwrap();
+    fs::rename(first.path("home"), first.path("house")).unwrap();
+    assert_eq!(fs::read(first.path("etc/passwd")).unwrap(), changed);
+    assert_eq!(fs::metadata(first.path(BIG)).unwrap().uid(), 5);
+    assert_eq!(digest_of(&first.path(BIG)), digest_of(&second.path(BIG)));
+    assert_eq!(fs::read(second.path("etc/passwd")).unwrap(), before);
+    assert_eq!(second.listing(), expected());
+    let (root, plain) = (first.path(""), host.mount(&image));
+    assert_eq!(
+        fs::metadata(root).unwrap().permissions().mode(),
+        fs::metadata(plain.path("")).unwrap().permissions().mode(),
+        "the root directory looks as in the image"
+    );
+}
+
+#[test]
+fn layers_say_why_they_are_not_lazy() {
+    let host = Host::new();
+    let steps = std::sync::Mutex::new(Vec::new());
+    let image = host
+        .service
+        .load(&host.request(&oci("org")), &|step| {
+            steps.lock().unwrap().push(step)
+        })
+        .unwrap();
+    let reason = image.layers()[0].not_lazy.clone().unwrap();
+    assert!(
+        reason.contains("containerd.io/snapshot/stargz/toc.digest"),
+        "{reason}"
+    );
+    let steps = steps.into_inner().unwrap();
+    assert!(
+        matches!(steps.first(), Some(Progress::Resolved { layers: 3, .. })),
+        "{steps:?}"
+    );
+    assert!(matches!(steps.last(), Some(Progress::Indexed)), "{steps:?}");
+    assert!(
+        steps
+            .iter()
+            .any(|step| matches!(step, Progress::Pulling { layer: 0, done, total, .. } if done == total)),
+        "{steps:?}"
+    );
+}
+
+#[test]
+fn an_eager_load_leaves_nothing_to_fetch() {
+    let registry = registry();
+    let host = Host::new();
+    let mut request = host.request(&registry.image("esgz"));
+    request.eager = true;
+    let image = host.service.load(&request, &|_| {}).unwrap();
+    registry.behaviour.down.store(true, Ordering::SeqCst);
+    assert_eq!(host.mount(&image).listing(), expected());
+}
+
+#[test]
+fn pull_policies() {
+    let registry = registry();
+    let host = Host::new();
+    let name = registry.image("esgz");
+    let load = |pull| {
+        let request = peel_fs::LoadRequest {
+            pull,
+            ..host.request(&name)
+        };
+        host.service.load(&request, &|_| {})
+    };
+    assert!(matches!(load(PullPolicy::Never), Err(Error::NotInStore { .. })));
+    load(PullPolicy::Missing).unwrap();
+    eventually("the name is kept", || load(PullPolicy::Never).is_ok());
+    let before = registry.behaviour.requests.load(Ordering::SeqCst);
+    load(PullPolicy::Missing).unwrap();
+    assert_eq!(registry.behaviour.requests.load(Ordering::SeqCst), before);
+    load(PullPolicy::Always).unwrap();
+    assert!(registry.behaviour.requests.load(Ordering::SeqCst) > before);
+}
+
+#[test]
+fn a_damaged_layer_that_is_pulled_whole_is_an_error() {
+    let registry = registry();
+    let oci = vectors().join("oci");
+    let largest = fs::read_dir(oci.join("blobs/sha256"))
+        .unwrap()
+        .map(|entry| entry.unwrap())
+        .max_by_key(|entry| entry.metadata().unwrap().len())
+        .unwrap();
+    drop(largest);
+    let host = Host::new();
+    let image = host.load(&registry.image("org"));
+    let layer = image.layers()[0].digest;
+    drop(image);
+    registry
+        .behaviour
+        .damage
+        .lock()
+        .unwrap()
+        .insert(layer.hex(), vec![5000]);
+    let fresh = Host::new();
+    let error = fresh
+        .service
+        .load(&fresh.request(&registry.image("org")), &|_| {})
+        .unwrap_err()
+        .to_string();
+    assert!(error.contains(&layer.to_string()), "{error}");
+    registry.behaviour.damage.lock().unwrap().clear();
+    assert_eq!(
+        fresh.open(&registry.image("org")).listing(),
+        expected(),
+        "after the repair"
+    );
+}
+
+#[test]
+fn a_toc_that_nobody_vouches_for_is_not_used() {
+    let registry = registry();
+    let (blob, index) = layer("esgz", 0);
+    let end = index
+        .entries
+        .iter()
+        .filter_map(|entry| match &entry.kind {
+            peel_image::layer::EntryKind::Regular(content) => content.chunks.last().cloned(),
+            _ => None,
+        })
+        .filter_map(|chunk| match chunk.source {
+            peel_image::layer::ChunkSource::Blob {
+                offset,
+                compressed_size,
+                ..
+            } => Some(offset + compressed_size),
+            peel_image::layer::ChunkSource::Zeros => None,
+        })
+        .max()
+        .unwrap();
+    registry
+        .behaviour
+        .damage
+        .lock()
+        .unwrap()
+        .insert(blob, vec![usize::try_from(end).unwrap() + 600]);
+    let host = Host::new();
+    let error = host
+        .service
+        .load(&host.request(&registry.image("esgz")), &|_| {})
+        .unwrap_err();
+    // The layer is pulled whole instead, and then its digest is wrong.
+    assert!(error.to_string().contains("sha256:"), "{error}");
+}

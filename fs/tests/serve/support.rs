@@ -1,0 +1,257 @@
+//! What the tests share: vectors, services on temporary stores, and mounts that are cleaned up.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::Arc;
+use std::time::Duration;
+
+use peel_fs::{Image, LoadRequest, MountedImage, Options, PullPolicy, Service};
+use peel_image::estargz;
+use peel_image::layer::{ChunkSource, EntryKind, LayerIndex};
+use peel_registry::ClientOptions;
+use peel_store::Store;
+use rustix::mount::{MoveMountFlags, UnmountFlags};
+
+/// Directory of the vectors: `$PEEL_VECTORS`, else beside the workspace.
+pub(crate) fn vectors() -> PathBuf {
+    let path = std::env::var_os("PEEL_VECTORS").map_or_else(
+        || Path::new(env!("CARGO_MANIFEST_DIR")).join("../../shared/vectors"),
+        PathBuf::from,
+    );
+    assert!(
+        path.join("oci/index.json").exists(),
+        "the vectors are not in {}: set PEEL_VECTORS to their directory",
+        path.display()
+    );
+    path.canonicalize().unwrap()
+}
+
+/// A service on a store of its own.
+#[derive(Debug)]
+pub(crate) struct Host {
+    pub(crate) service: Service,
+    pub(crate) store: PathBuf,
+    scratch: tempfile::TempDir,
+}
+
+impl Host {
+    pub(crate) fn new() -> Self {
+        Self::with(Options::default())
+    }
+
+    pub(crate) fn with(options: Options) -> Self {
+        assert!(
+            rustix::process::geteuid().is_root(),
+            "these tests mount file systems: run them as root"
+        );
+        let scratch = tempfile::tempdir().unwrap();
+        let store = scratch.path().join("store");
+        Self {
+            service: start(&store, options),
+            store,
+            scratch,
+        }
+    }
+
+    /// Ends the service and starts another one on the same store.
+    pub(crate) fn restart(self, options: Options) -> Self {
+        let Self {
+            service,
+            store,
+            scratch,
+        } = self;
+        service.stop();
+        // Whoever had the last handle has let go of the lock by now.
+        Self {
+            service: start(&store, options),
+            store,
+            scratch,
+        }
+    }
+
+    pub(crate) fn request(&self, name: &str) -> LoadRequest {
+        LoadRequest {
+            name: name.parse().unwrap(),
+            platform: None,
+            pull: PullPolicy::Missing,
+            client: ClientOptions {
+                plain_http: true,
+                attempt_timeout: Duration::from_secs(2),
+                retry_for: Duration::from_millis(200),
+                ..ClientOptions::default()
+            },
+            prefetch: false,
+            eager: false,
+        }
+    }
+
+    pub(crate) fn load(&self, name: &str) -> Arc<Image> {
+        self.service.load(&self.request(name), &|_| {}).unwrap()
+    }
+
+    pub(crate) fn mount(&self, image: &Arc<Image>) -> Mount {
+        let directory = tempfile::tempdir_in(self.scratch.path()).unwrap();
+        let mounted = self.service.mount(image, None).unwrap();
+        attach(mounted, directory)
+    }
+
+    pub(crate) fn mount_writable(&self, image: &Arc<Image>) -> Mount {
+        let directory = tempfile::tempdir_in(self.scratch.path()).unwrap();
+        let scratch = tempfile::tempdir_in(self.scratch.path()).unwrap().keep();
+        let mounted = self.service.mount(image, Some(&scratch)).unwrap();
+        attach(mounted, directory)
+    }
+
+    /// Loads and mounts.
+    pub(crate) fn open(&self, name: &str) -> Mount {
+        self.mount(&self.load(name))
+    }
+
+    pub(crate) fn object(&self, digest: &peel_image::Digest) -> PathBuf {
+        self.store.join("objects").join(Store::object_name(digest))
+    }
+}
+
+fn start(store: &Path, options: Options) -> Service {
+    Service::start(Store::open(store).unwrap(), options).unwrap()
+}
+
+fn attach(mounted: MountedImage, directory: tempfile::TempDir) -> Mount {
+    rustix::mount::move_mount(
+        mounted.mount_fd(),
+        "",
+        rustix::fs::CWD,
+        directory.path(),
+        MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH,
+    )
+    .unwrap();
+    Mount {
+        mounted: Some(mounted),
+        directory,
+    }
+}
+
+/// A mount in the file system; goes away when dropped.
+#[derive(Debug)]
+pub(crate) struct Mount {
+    mounted: Option<MountedImage>,
+    directory: tempfile::TempDir,
+}
+
+impl Mount {
+    pub(crate) fn path(&self, inside: &str) -> PathBuf {
+        self.directory.path().join(inside)
+    }
+
+    /// Lets go of the service's side; the mount stays.
+    pub(crate) fn forget(&mut self) {
+        self.mounted = None;
+    }
+
+    /// What `listing.py` of the vectors says of it.
+    pub(crate) fn listing(&self) -> Vec<String> {
+        let output = Command::new("python3")
+            .arg(vectors().join("listing.py"))
+            .arg(self.directory.path())
+            .output()
+            .unwrap();
+        assert!(
+            output.status.success(),
+            "listing.py: {}",
+            String::from_utf8_lossy(&output.stderr)
+        );
+        lines(&output.stdout)
+    }
+}
+
+impl Drop for Mount {
+    fn drop(&mut self) {
+        rustix::mount::unmount(self.directory.path(), UnmountFlags::DETACH).unwrap();
+    }
+}
+
+/// The listing that every image of the vectors must have.
+pub(crate) fn expected() -> Vec<String> {
+    lines(&std::fs::read(vectors().join("expected.jsonl")).unwrap())
+}
+
+fn lines(bytes: &[u8]) -> Vec<String> {
+    String::from_utf8_lossy(bytes)
+        .lines()
+        .map(str::to_owned)
+        .collect()
+}
+
+/// A lazy layer of an image of the vectors: blob digest as hexadecimal digits, and index.
+pub(crate) fn layer(tag: &str, position: usize) -> (String, LayerIndex) {
+    let oci = vectors().join("oci");
+    let read = |path: PathBuf| -> serde_json::Value {
+        serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap()
+    };
+    let index = read(oci.join("index.json"));
+    let manifest = index["manifests"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .find(|entry| entry["annotations"]["org.opencontainers.image.ref.name"] == tag)
+        .unwrap();
+    let hex = |digest: &serde_json::Value| digest.as_str().unwrap().trim_start_matches("sha256:").to_owned();
+    let manifest = read(oci.join("blobs/sha256").join(hex(&manifest["digest"])));
+    let blob = hex(&manifest["layers"][position]["digest"]);
+    let bytes = std::fs::read(oci.join("blobs/sha256").join(&blob)).unwrap();
+    let location = estargz::locate(&bytes, bytes.len() as u64).unwrap();
+    let from = usize::try_from(location.payload_end).unwrap();
+    let length = usize::try_from(location.toc_size).unwrap();
+    let toc = estargz::extract_toc(&bytes[from..from + length]).unwrap();
+    (
+        blob,
+        estargz::read_index(&toc.json, location.payload_end).unwrap(),
+    )
+}
+
+/// Where a file lies in a layer.
+#[derive(Debug)]
+pub(crate) struct Place {
+    pub(crate) digest: peel_image::Digest,
+    pub(crate) size: u64,
+    /// Compressed ranges of its chunks.
+    pub(crate) chunks: Vec<std::ops::Range<usize>>,
+}
+
+pub(crate) fn place(index: &LayerIndex, path: &str) -> Place {
+    let entry = index
+        .entries
+        .iter()
+        .find(|entry| entry.path.as_bytes() == path.as_bytes())
+        .unwrap_or_else(|| panic!("{path} is not in the layer"));
+    let EntryKind::Regular(content) = &entry.kind else {
+        panic!("{path} is no regular file");
+    };
+    let chunks = content.chunks.iter().map(|chunk| match chunk.source {
+        ChunkSource::Blob {
+            offset,
+            compressed_size,
+            ..
+        } => {
+            let offset = usize::try_from(offset).unwrap();
+            offset..offset + usize::try_from(compressed_size).unwrap()
+        }
+        ChunkSource::Zeros => panic!("{path} has a run of zeros"),
+    });
+    Place {
+        digest: content.digest.unwrap(),
+        size: content.size,
+        chunks: chunks.collect(),
+    }
+}
+
+/// Waits until something holds, at most some seconds.
+pub(crate) fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
+    for _ in 0..500 {
+        if holds() {
+            return;
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    panic!("it never came true: {what}");
+}
