@@ -22,7 +22,7 @@ use std::process::ExitCode;
 
 use anyhow::Context;
 use clap::Parser;
-use peel_fs::{LayerReport, PullPolicy};
+use peel_fs::PullPolicy;
 use peel_registry::{ClientOptions, ImageName};
 
 use crate::cli::{Cli, Command, Global, LoadArgs, Pull, Verify};
@@ -151,21 +151,6 @@ fn mount_request(
         eager: load.verify == Verify::Full,
         writable,
     })
-}
-
-/// Tells the user which layers are not served lazily, and why.
-fn report_layers(layers: &[LayerReport]) {
-    for (index, layer) in layers.iter().enumerate() {
-        if let Some(reason) = &layer.not_lazy {
-            let _ = writeln!(
-                std::io::stderr(),
-                "peel: layer {} of {} ({}) was pulled whole: {reason}",
-                index + 1,
-                layers.len(),
-                layer.digest
-            );
-        }
-    }
 }
 
 /// Prints one JSON object and a newline on standard output.

@@ -1,6 +1,7 @@
 //! Progress for people who watch: on standard error, only on a terminal, and only for what takes longer than a second.
 
-use std::io::IsTerminal;
+use std::collections::BTreeMap;
+use std::io::{IsTerminal, Write};
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
@@ -63,6 +64,8 @@ fn style() -> ProgressStyle {
 pub struct LoadProgress {
     image: String,
     layers: usize,
+    /// Layers that are pulled whole, and why.
+    pulled: BTreeMap<usize, String>,
     bar: Bar,
 }
 
@@ -72,6 +75,7 @@ impl LoadProgress {
         Self {
             image: image.to_owned(),
             layers: 0,
+            pulled: BTreeMap::new(),
             bar: Bar::new(0),
         }
     }
@@ -86,6 +90,7 @@ impl LoadProgress {
                 done,
                 total,
             } => {
+                self.pulled.entry(*layer).or_insert_with(|| reason.clone());
                 let message = format!("{}: layer {} of {}, {reason}", self.image, layer + 1, self.layers);
                 self.bar.set(message, *done, *total);
             }
@@ -93,8 +98,17 @@ impl LoadProgress {
         }
     }
 
-    /// The image is mounted.
+    /// The image is mounted: the bar goes, and standard error says which layers were pulled whole this time, and why.
     pub fn finish(&self) {
         self.bar.finish();
+        for (layer, reason) in &self.pulled {
+            let (layer, layers) = (layer + 1, self.layers);
+            // Whoever closed standard error does not want to know.
+            let _ = writeln!(
+                std::io::stderr(),
+                "peel: {}: layer {layer} of {layers} was pulled whole: {reason}",
+                self.image
+            );
+        }
     }
 }

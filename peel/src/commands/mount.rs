@@ -53,7 +53,6 @@ pub(super) fn run(global: &Global, args: &MountArgs) -> anyhow::Result<()> {
         client.release(&mounted.id)?;
         return Err(error);
     }
-    super::report_layers(&mounted.layers);
     if global.json {
         let stats = client.stats()?;
         super::print_json(&Report {

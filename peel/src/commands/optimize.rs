@@ -74,7 +74,6 @@ fn sampled(global: &Global, args: &OptimizeArgs, open: &OpenImage) -> anyhow::Re
             mounted.manifest_digest
         );
     }
-    super::report_layers(&mounted.layers);
     let paths = sample::run(args, &mounted, root)?;
     client.release(&mounted.id)?;
     drop(client);

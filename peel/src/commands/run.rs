@@ -66,7 +66,6 @@ pub(super) fn run(global: &Global, args: &RunArgs) -> anyhow::Result<ExitCode> {
     })?;
     progress.finish();
     let mount = begin.elapsed();
-    super::report_layers(&mounted.layers);
 
     let isolation = Isolation {
         network: args.net.into(),

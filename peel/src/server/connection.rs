@@ -137,9 +137,10 @@ impl Client<'_> {
                 .name("load".to_owned())
                 .spawn_scoped(scope, move || {
                     service.load(&load, &|step| {
-                        // How far a pull is will be said again; the other steps come once.
+                        // How far a pull is will be said again; that it began and the other steps come once.
+                        let repeated = matches!(step, Progress::Pulling { done: 1.., .. });
                         match sender.try_send(step) {
-                            Err(TrySendError::Full(step)) if !matches!(step, Progress::Pulling { .. }) => {
+                            Err(TrySendError::Full(step)) if !repeated => {
                                 let _ = sender.send(step);
                             }
                             _ => {}

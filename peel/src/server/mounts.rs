@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use anyhow::Context;
 use peel_fs::{Image, MountedImage, Service};
+use rustix::mount::OpenTreeFlags;
 
 use crate::describe::describe;
 use crate::mount_records::{MountRecord, MountRecords, boot_id, new_id};
@@ -38,6 +39,14 @@ const MISSES: u32 = 2;
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// A second mount of the same file system to hand out. The server keeps the first open, which would make the one that the
+/// user has mounted look busy to `umount` for as long as the server lives.
+fn twin(mount: &MountedImage) -> anyhow::Result<OwnedFd> {
+    let flags =
+        OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC | OpenTreeFlags::AT_EMPTY_PATH;
+    rustix::mount::open_tree(mount.mount_fd(), "", flags).context("a second mount of the root file system")
 }
 
 impl Mounts {
@@ -86,7 +95,7 @@ impl Mounts {
         let mount = self
             .service
             .mount(&image, writable.then_some(scratch.as_path()))?;
-        let fd = mount.try_clone_fd().context("mount descriptor")?;
+        let fd = twin(&mount)?;
         let stat = rustix::fs::fstat(&fd).context("mount descriptor")?;
         let record = MountRecord {
             id: id.to_owned(),
