@@ -1,15 +1,53 @@
 //! Layers merged into the one file tree that a container sees: later layers over earlier ones, whiteouts applied
-//! (OCI image specification, layer.md, "Whiteouts").
+//! (OCI image specification, layer.md, "Whiteouts"). Called by whoever mounts or lists an image.
+//!
+//! Where the specification is silent, the result is what containerd's unpack into overlay directories gives:
+//!
+//! * A whiteout or an opaque mark acts on lower layers only, wherever in its layer it stands.
+//! * A directory over a directory keeps the children and takes the new metadata; anything else replaces what was there.
+//! * Parents without an entry keep the lower layer's metadata, else they are 0755, root:root, mtime 0.
+//! * A path through a symbolic link of the same layer follows it, inside the tree; a symbolic link of a lower layer is
+//!   replaced by a directory.
+//! * A character device 0:0 is overlayfs's whiteout, and `trusted.overlay.*` attributes steer overlayfs: no image may
+//!   bring either into the tree.
+//!
+//! Differing from containerd, a hard link may also name a file of a lower layer or one that comes later in its own layer, and
+//! eStargz's landmarks and TOC are left out of the root directory.
 
-#![allow(clippy::todo)]
+mod merge;
+#[cfg(test)]
+mod tests;
+mod walk;
+
 use std::collections::BTreeMap;
 
 use crate::digest::Digest;
 use crate::layer::{Device, LayerIndex, Metadata};
+use crate::path::EntryPath;
+
+pub use walk::{ResolveError, Walk};
+
+/// Most inodes of a tree: as many as [`crate::tar::index::ENTRIES_MAX`]. A path of 4 KiB can name 2,000 directories,
+/// so entries alone bound nothing.
+pub const INODES_MAX: u32 = 10_000_000;
+/// Most symbolic links followed on one path (Linux `MAXSYMLINKS`).
+pub const SYMLINKS_MAX: u32 = 40;
+
+/// Names in the root directory that eStargz keeps for itself: two landmarks and the TOC.
+const HIDDEN: [&[u8]; 3] = [
+    b".prefetch.landmark",
+    b".no.prefetch.landmark",
+    b"stargz.index.json",
+];
 
 /// Position of an inode in [`Tree::inodes`]; the root is 0.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct InodeId(pub u32);
+
+impl InodeId {
+    /// The root directory.
+    pub const ROOT: Self = Self(0);
+}
 
 /// The merged tree of an image.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -59,17 +97,123 @@ pub struct FileRef {
     pub entry: u32,
 }
 
-/// Why layers cannot be merged.
+/// Why layers cannot be merged. Layers are counted from 0, the lowest.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum TreeError {
-    /// Replaced by the real variants.
-    #[error("placeholder")]
-    Placeholder,
+    /// The target of a hard link is in no layer up to its own.
+    #[error("layer {layer}: {path} is a hard link to {target}, which does not exist")]
+    LinkMissing {
+        /// The link's layer.
+        layer: u32,
+        /// The link.
+        path: EntryPath,
+        /// Its target.
+        target: EntryPath,
+    },
+    /// The target of a hard link is a directory.
+    #[error("layer {layer}: {path} is a hard link to {target}, which is a directory")]
+    LinkToDirectory {
+        /// The link's layer.
+        layer: u32,
+        /// The link.
+        path: EntryPath,
+        /// Its target.
+        target: EntryPath,
+    },
+    /// Hard links that lead to each other or to themselves.
+    #[error("layer {layer}: {path} is a hard link to {target}, which leads back to it")]
+    LinkLoop {
+        /// The link's layer.
+        layer: u32,
+        /// The link.
+        path: EntryPath,
+        /// Its target.
+        target: EntryPath,
+    },
+    /// An entry lies below something that its own layer says is no directory.
+    #[error("layer {layer}: {path} lies below an entry of the same layer that is no directory")]
+    ParentNotDirectory {
+        /// The entry's layer.
+        layer: u32,
+        /// The entry.
+        path: EntryPath,
+    },
+    /// A path through too many symbolic links of its own layer.
+    #[error("layer {layer}: {path} leads through more than {SYMLINKS_MAX} symbolic links of the same layer")]
+    SymlinkLoop {
+        /// The entry's layer.
+        layer: u32,
+        /// The entry.
+        path: EntryPath,
+    },
+    /// Symbolic links of the layer lead the entry to a path longer than Linux's `PATH_MAX`.
+    #[error("layer {layer}: symbolic links of the same layer put {path} at too long a path")]
+    TooDeep {
+        /// The entry's layer.
+        layer: u32,
+        /// The entry.
+        path: EntryPath,
+    },
+    /// A whiteout that names nothing, `.` or `..`.
+    #[error("layer {layer}: {path} is a whiteout of no name")]
+    Whiteout {
+        /// The whiteout's layer.
+        layer: u32,
+        /// The whiteout.
+        path: EntryPath,
+    },
+    /// The root is not a directory.
+    #[error("layer {layer}: entry {entry} would replace the root directory with something else")]
+    Root {
+        /// The entry's layer.
+        layer: u32,
+        /// Its position in the layer.
+        entry: u32,
+    },
+    /// The layer does not say what a file holds: it must be pulled whole first.
+    #[error("layer {layer}: the index has no digest for {path}; the layer must be pulled whole")]
+    NoDigest {
+        /// The file's layer.
+        layer: u32,
+        /// The file.
+        path: EntryPath,
+    },
+    /// A file has a size, but the digest of no bytes, or the other way round.
+    #[error("layer {layer}: {path} has {size} bytes and the digest {digest}, which cannot both be true")]
+    EmptyDigest {
+        /// The file's layer.
+        layer: u32,
+        /// The file.
+        path: EntryPath,
+        /// Its length in bytes as the layer says.
+        size: u64,
+        /// Its digest as the layer says.
+        digest: Digest,
+    },
+    /// More files and directories than a tree may have.
+    #[error("layer {layer}: the image has more than {INODES_MAX} files and directories")]
+    TooManyInodes {
+        /// The layer that brings the first one too many.
+        layer: u32,
+    },
 }
 
 impl Tree {
     /// Merges `layers`, lowest first.
-    pub fn merge(_layers: &[LayerIndex]) -> Result<Self, TreeError> {
-        todo!()
+    pub fn merge(layers: &[LayerIndex]) -> Result<Self, TreeError> {
+        merge::merge(layers)
+    }
+
+    /// The inode of an id of this tree.
+    pub fn inode(&self, id: InodeId) -> Option<&Inode> {
+        self.inodes.get(usize::try_from(id.0).ok()?)
+    }
+
+    /// The children of a directory; `None` for anything else.
+    pub fn children(&self, id: InodeId) -> Option<&BTreeMap<Box<[u8]>, InodeId>> {
+        match &self.inode(id)?.kind {
+            InodeKind::Directory(children) => Some(children),
+            _ => None,
+        }
     }
 }

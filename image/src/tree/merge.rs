@@ -1,0 +1,557 @@
+//! The merge: one arena of nodes that every layer in turn edits, then a copy of what is still reachable.
+//! Nothing here recurses, so the depth of a path costs no stack.
+
+use std::collections::{BTreeMap, HashSet, VecDeque};
+
+use super::{FileRef, HIDDEN, INODES_MAX, Inode, InodeId, InodeKind, SYMLINKS_MAX, Tree, TreeError};
+use crate::digest::Digest;
+use crate::layer::{Device, Entry, EntryKind, FileContent, LayerIndex, Metadata};
+use crate::path::{EntryPath, PATH_MAX};
+
+const WHITEOUT: &[u8] = b".wh.";
+const OPAQUE: &[u8] = b".wh..wh..opq";
+/// Names in the root directory that AUFS kept for itself; containerd leaves them out as well.
+const AUFS: &[u8] = b".wh..wh.";
+/// Attributes that steer overlayfs.
+const OVERLAY_XATTRS: &[u8] = b"trusted.overlay.";
+
+const ROOT: u32 = 0;
+
+/// Metadata of directories that have no entry: as containerd makes them, but at a fixed time.
+static IMPLIED: Metadata = Metadata {
+    mode: 0o755,
+    uid: 0,
+    gid: 0,
+    mtime: 0,
+    mtime_nanoseconds: 0,
+    xattrs: BTreeMap::new(),
+};
+
+pub(super) fn merge(layers: &[LayerIndex]) -> Result<Tree, TreeError> {
+    let mut merger = Merger {
+        nodes: vec![Node {
+            layer: 0,
+            metadata: &IMPLIED,
+            kind: Kind::directory(ROOT, b""),
+        }],
+        layer: 0,
+        links: Vec::new(),
+    };
+    for (number, layer) in (0_u32..).zip(layers) {
+        merger.layer = number;
+        merger.hide(layer)?;
+        for (index, entry) in (0_u32..).zip(&layer.entries) {
+            merger.apply(index, entry)?;
+        }
+        merger.link()?;
+    }
+    merger.collect()
+}
+
+struct Node<'a> {
+    /// The layer that made or last changed it.
+    layer: u32,
+    metadata: &'a Metadata,
+    kind: Kind<'a>,
+}
+
+/// A directory and where it hangs, which tells whether it is still part of the tree.
+struct Directory<'a> {
+    children: BTreeMap<&'a [u8], u32>,
+    parent: u32,
+    name: &'a [u8],
+}
+
+impl<'a> Kind<'a> {
+    fn directory(parent: u32, name: &'a [u8]) -> Self {
+        Self::Directory(Directory {
+            children: BTreeMap::new(),
+            parent,
+            name,
+        })
+    }
+}
+
+enum Kind<'a> {
+    Directory(Directory<'a>),
+    /// Anything but a directory, and its index in its layer.
+    Leaf(&'a Entry, u32),
+    /// A hard link whose target is not known before its layer ends.
+    Link(&'a EntryPath),
+    /// A hard link that was resolved.
+    Linked(u32),
+}
+
+/// Where a [`Kind::Link`] hangs.
+struct PendingLink<'a> {
+    node: u32,
+    parent: u32,
+    name: &'a [u8],
+    entry: &'a Entry,
+}
+
+struct Merger<'a> {
+    nodes: Vec<Node<'a>>,
+    layer: u32,
+    links: Vec<PendingLink<'a>>,
+}
+
+/// What an entry means for the merge.
+enum Role<'a> {
+    Ordinary,
+    /// Only its parents count.
+    Opaque,
+    /// Only its parents count; the name that it hides.
+    Whiteout(&'a [u8]),
+    Ignored,
+}
+
+impl<'a> Merger<'a> {
+    fn role(&self, entry: &'a Entry) -> Result<Role<'a>, TreeError> {
+        let mut components = entry.path.components();
+        let (Some(first), Some(last)) = (components.next(), entry.path.file_name()) else {
+            return Ok(Role::Ordinary);
+        };
+        let in_root = components.next().is_none();
+        if in_root && HIDDEN.contains(&last) && !matches!(entry.kind, EntryKind::Directory) {
+            return Ok(Role::Ignored);
+        }
+        if last == OPAQUE {
+            return Ok(Role::Opaque);
+        }
+        if first.starts_with(AUFS) {
+            return Ok(Role::Ignored);
+        }
+        match last.strip_prefix(WHITEOUT) {
+            None => Ok(Role::Ordinary),
+            Some(b"" | b"." | b"..") => Err(TreeError::Whiteout {
+                layer: self.layer,
+                path: entry.path.clone(),
+            }),
+            Some(name) => Ok(Role::Whiteout(name)),
+        }
+    }
+
+    /// Takes away what the layer's whiteouts and opaque marks hide, before any of its own entries is there.
+    fn hide(&mut self, layer: &'a LayerIndex) -> Result<(), TreeError> {
+        for entry in &layer.entries {
+            let role = self.role(entry)?;
+            if !matches!(role, Role::Opaque | Role::Whiteout(_)) {
+                continue;
+            }
+            let mut parents = entry.path.components();
+            parents.next_back();
+            let directory = parents.try_fold(ROOT, |id, name| self.child(id, name));
+            if let Some(children) = directory.and_then(|id| self.children_mut(id)) {
+                match role {
+                    Role::Whiteout(name) => {
+                        children.remove(name);
+                    }
+                    _ => children.clear(),
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn apply(&mut self, index: u32, entry: &'a Entry) -> Result<(), TreeError> {
+        let role = self.role(entry)?;
+        if matches!(role, Role::Ignored) {
+            return Ok(());
+        }
+        let Some(name) = entry.path.file_name() else {
+            return match (&entry.kind, self.node_mut(ROOT)) {
+                (EntryKind::Directory, Some(root)) => {
+                    root.metadata = &entry.metadata;
+                    Ok(())
+                }
+                _ => Err(TreeError::Root {
+                    layer: self.layer,
+                    entry: index,
+                }),
+            };
+        };
+        let parent = self.parent(entry, name)?;
+        if !matches!(role, Role::Ordinary) {
+            return Ok(());
+        }
+        let node = match &entry.kind {
+            EntryKind::Directory => {
+                let layer = self.layer;
+                if let Some(id) = self.child(parent, name)
+                    && let Some(node) = self.node_mut(id)
+                    && matches!(node.kind, Kind::Directory(_))
+                {
+                    node.metadata = &entry.metadata;
+                    node.layer = layer;
+                    return Ok(());
+                }
+                self.add(&entry.metadata, Kind::directory(parent, name))?
+            }
+            EntryKind::CharDevice(Device { major: 0, minor: 0 }) => {
+                if let Some(children) = self.children_mut(parent) {
+                    children.remove(name);
+                }
+                return Ok(());
+            }
+            EntryKind::Hardlink(target) => {
+                let found = self.find(target).filter(|id| {
+                    self.node(*id)
+                        .is_some_and(|node| node.layer == self.layer && matches!(node.kind, Kind::Leaf(..)))
+                });
+                match found {
+                    Some(id) => id,
+                    None => {
+                        let node = self.add(&entry.metadata, Kind::Link(target))?;
+                        self.links.push(PendingLink {
+                            node,
+                            parent,
+                            name,
+                            entry,
+                        });
+                        node
+                    }
+                }
+            }
+            _ => self.add(&entry.metadata, Kind::Leaf(entry, index))?,
+        };
+        if let Some(children) = self.children_mut(parent) {
+            children.insert(name, node);
+        }
+        Ok(())
+    }
+
+    /// The directory that is to hold `entry`; what is missing of it is made.
+    fn parent(&mut self, entry: &'a Entry, name: &[u8]) -> Result<u32, TreeError> {
+        let mut todo: Vec<&'a [u8]> = entry.path.components().rev().skip(1).collect();
+        // The directories down to the one in question; no id where one is missing or must be replaced.
+        let mut stack: Vec<(&'a [u8], Option<u32>)> = Vec::with_capacity(todo.len());
+        let mut followed = 0;
+        while let Some(component) = todo.pop() {
+            match component {
+                b"" | b"." => continue,
+                b".." => {
+                    stack.pop();
+                    continue;
+                }
+                _ => {}
+            }
+            let current = stack.last().map_or(Some(ROOT), |(_, id)| *id);
+            let child = current.and_then(|id| self.child(id, component));
+            let Some((id, node)) = child.and_then(|id| Some((id, self.node(id)?))) else {
+                stack.push((component, None));
+                continue;
+            };
+            match &node.kind {
+                Kind::Directory(_) => stack.push((component, Some(id))),
+                _ if node.layer != self.layer => stack.push((component, None)),
+                Kind::Leaf(
+                    Entry {
+                        kind: EntryKind::Symlink(target),
+                        ..
+                    },
+                    _,
+                ) => {
+                    followed += 1;
+                    if followed > SYMLINKS_MAX {
+                        return Err(TreeError::SymlinkLoop {
+                            layer: self.layer,
+                            path: entry.path.clone(),
+                        });
+                    }
+                    if target.starts_with(b"/") {
+                        stack.clear();
+                    }
+                    todo.extend(target.split(|byte| *byte == b'/').rev());
+                }
+                _ => {
+                    return Err(TreeError::ParentNotDirectory {
+                        layer: self.layer,
+                        path: entry.path.clone(),
+                    });
+                }
+            }
+        }
+        let length: usize = stack.iter().map(|(component, _)| component.len() + 1).sum();
+        if followed > 0 && length + name.len() > PATH_MAX {
+            return Err(TreeError::TooDeep {
+                layer: self.layer,
+                path: entry.path.clone(),
+            });
+        }
+        let mut directory = ROOT;
+        for (component, id) in stack {
+            directory = match id {
+                Some(id) => id,
+                None => {
+                    let id = self.add(&IMPLIED, Kind::directory(directory, component))?;
+                    if let Some(children) = self.children_mut(directory) {
+                        children.insert(component, id);
+                    }
+                    id
+                }
+            };
+        }
+        Ok(directory)
+    }
+
+    /// The node at the target of a hard link. Symbolic links on the way are followed, the last component is not.
+    fn find(&self, target: &'a EntryPath) -> Option<u32> {
+        let mut todo: Vec<&'a [u8]> = target.components().rev().collect();
+        let mut stack = Vec::new();
+        let mut followed = 0;
+        while let Some(component) = todo.pop() {
+            match component {
+                b"" | b"." => continue,
+                b".." => {
+                    stack.pop();
+                    continue;
+                }
+                _ => {}
+            }
+            let id = self.child(stack.last().copied().unwrap_or(ROOT), component)?;
+            match &self.node(id)?.kind {
+                Kind::Leaf(
+                    Entry {
+                        kind: EntryKind::Symlink(link),
+                        ..
+                    },
+                    _,
+                ) if !todo.is_empty() => {
+                    followed += 1;
+                    if followed > SYMLINKS_MAX {
+                        return None;
+                    }
+                    if link.starts_with(b"/") {
+                        stack.clear();
+                    }
+                    todo.extend(link.split(|byte| *byte == b'/').rev());
+                }
+                _ => stack.push(id),
+            }
+        }
+        Some(stack.last().copied().unwrap_or(ROOT))
+    }
+
+    /// Resolves the hard links whose targets were not there when they came.
+    fn link(&mut self) -> Result<(), TreeError> {
+        let links = std::mem::take(&mut self.links);
+        for link in &links {
+            if self.is_attached(link) {
+                self.resolve(link)?;
+            }
+        }
+        for link in &links {
+            if self.is_attached(link)
+                && let Some(Kind::Linked(target)) = self.node(link.node).map(|node| &node.kind)
+            {
+                let target = *target;
+                if let Some(children) = self.children_mut(link.parent) {
+                    children.insert(link.name, target);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether a link is still part of the tree: later entries of its layer may have replaced it or a directory above it.
+    fn is_attached(&self, link: &PendingLink<'a>) -> bool {
+        if self.child(link.parent, link.name) != Some(link.node) {
+            return false;
+        }
+        let mut id = link.parent;
+        while id != ROOT {
+            let Some(Kind::Directory(directory)) = self.node(id).map(|node| &node.kind) else {
+                return false;
+            };
+            if self.child(directory.parent, directory.name) != Some(id) {
+                return false;
+            }
+            id = directory.parent;
+        }
+        true
+    }
+
+    /// Follows a chain of hard links to its end and notes the end at each of them.
+    fn resolve(&mut self, link: &PendingLink<'a>) -> Result<(), TreeError> {
+        let EntryKind::Hardlink(target) = &link.entry.kind else {
+            return Ok(());
+        };
+        let (layer, path) = (self.layer, link.entry.path.clone());
+        let mut chain = Vec::new();
+        // Marks the links of this chain, to tell a loop from a long chain.
+        let mut seen = HashSet::new();
+        let mut id = link.node;
+        let end = loop {
+            match self.node(id).map(|node| &node.kind) {
+                Some(Kind::Link(next)) => {
+                    if !seen.insert(id) {
+                        let target = target.clone();
+                        return Err(TreeError::LinkLoop { layer, path, target });
+                    }
+                    chain.push(id);
+                    let Some(next) = self.find(next) else {
+                        let target = (*next).clone();
+                        return Err(TreeError::LinkMissing { layer, path, target });
+                    };
+                    id = next;
+                }
+                Some(Kind::Linked(end)) => break *end,
+                Some(Kind::Leaf(..)) => break id,
+                Some(Kind::Directory(_)) | None => {
+                    let target = target.clone();
+                    return Err(TreeError::LinkToDirectory { layer, path, target });
+                }
+            }
+        };
+        for id in chain {
+            if let Some(node) = self.node_mut(id) {
+                node.kind = Kind::Linked(end);
+            }
+        }
+        Ok(())
+    }
+
+    /// Copies what can be reached from the root, directory by directory.
+    fn collect(&self) -> Result<Tree, TreeError> {
+        let mut inodes: Vec<Inode> = Vec::new();
+        let mut ids: Vec<Option<InodeId>> = vec![None; self.nodes.len()];
+        let mut queue = VecDeque::from([ROOT]);
+        if let (Some(slot), Some(root)) = (ids.first_mut(), self.node(ROOT)) {
+            *slot = Some(InodeId::ROOT);
+            inodes.push(copy(root)?);
+        }
+        // Directories wait in the order of their new ids.
+        while let Some(old) = queue.pop_front() {
+            let (Some(Kind::Directory(directory)), Some(id)) = (
+                self.node(old).map(|node| &node.kind),
+                ids.get(position(old)).copied().flatten(),
+            ) else {
+                continue;
+            };
+            let mut names = BTreeMap::new();
+            let mut subdirectories = 0;
+            for (name, child) in &directory.children {
+                let (Some(node), Some(slot)) = (self.node(*child), ids.get_mut(position(*child))) else {
+                    continue;
+                };
+                let is_directory = matches!(node.kind, Kind::Directory(_));
+                let child_id = match *slot {
+                    Some(known) => known,
+                    None => {
+                        // INODES_MAX nodes fit into the type of an id.
+                        let new = InodeId(u32::try_from(inodes.len()).unwrap_or(u32::MAX));
+                        *slot = Some(new);
+                        inodes.push(copy(node)?);
+                        if is_directory {
+                            queue.push_back(*child);
+                        }
+                        new
+                    }
+                };
+                if is_directory {
+                    subdirectories += 1;
+                } else if let Some(inode) = inodes.get_mut(position(child_id.0)) {
+                    inode.links += 1;
+                }
+                names.insert(Box::from(*name), child_id);
+            }
+            if let Some(inode) = inodes.get_mut(position(id.0)) {
+                inode.links += subdirectories;
+                inode.kind = InodeKind::Directory(names);
+            }
+        }
+        Ok(Tree { inodes })
+    }
+
+    fn add(&mut self, metadata: &'a Metadata, kind: Kind<'a>) -> Result<u32, TreeError> {
+        let layer = self.layer;
+        let id = u32::try_from(self.nodes.len()).unwrap_or(u32::MAX);
+        if id >= INODES_MAX {
+            return Err(TreeError::TooManyInodes { layer });
+        }
+        self.nodes.push(Node {
+            layer,
+            metadata,
+            kind,
+        });
+        Ok(id)
+    }
+
+    fn node(&self, id: u32) -> Option<&Node<'a>> {
+        self.nodes.get(position(id))
+    }
+
+    fn node_mut(&mut self, id: u32) -> Option<&mut Node<'a>> {
+        self.nodes.get_mut(position(id))
+    }
+
+    fn child(&self, directory: u32, name: &[u8]) -> Option<u32> {
+        match &self.node(directory)?.kind {
+            Kind::Directory(directory) => directory.children.get(name).copied(),
+            _ => None,
+        }
+    }
+
+    fn children_mut(&mut self, directory: u32) -> Option<&mut BTreeMap<&'a [u8], u32>> {
+        match &mut self.node_mut(directory)?.kind {
+            Kind::Directory(directory) => Some(&mut directory.children),
+            _ => None,
+        }
+    }
+}
+
+/// The inode of a node, without the names that it has.
+fn copy(node: &Node<'_>) -> Result<Inode, TreeError> {
+    let (links, kind) = match &node.kind {
+        Kind::Leaf(entry, index) => (0, leaf(node.layer, entry, *index)?),
+        // Links were resolved when their layer ended.
+        Kind::Directory(_) | Kind::Link(_) | Kind::Linked(_) => (2, InodeKind::Directory(BTreeMap::new())),
+    };
+    let mut metadata = node.metadata.clone();
+    metadata
+        .xattrs
+        .retain(|name, _| !name.starts_with(OVERLAY_XATTRS));
+    Ok(Inode {
+        metadata,
+        links,
+        kind,
+    })
+}
+
+fn leaf(layer: u32, entry: &Entry, index: u32) -> Result<InodeKind, TreeError> {
+    let path = || entry.path.clone();
+    Ok(match &entry.kind {
+        EntryKind::Regular(FileContent { size, digest, .. }) => {
+            let object = match digest {
+                None if *size == 0 => Digest::EMPTY,
+                None => return Err(TreeError::NoDigest { layer, path: path() }),
+                Some(digest) if (*digest == Digest::EMPTY) != (*size == 0) => {
+                    return Err(TreeError::EmptyDigest {
+                        layer,
+                        path: path(),
+                        size: *size,
+                        digest: *digest,
+                    });
+                }
+                Some(digest) => *digest,
+            };
+            InodeKind::Regular(FileRef {
+                size: *size,
+                object,
+                layer,
+                entry: index,
+            })
+        }
+        EntryKind::Symlink(target) => InodeKind::Symlink(target.clone()),
+        EntryKind::CharDevice(device) => InodeKind::CharDevice(*device),
+        EntryKind::BlockDevice(device) => InodeKind::BlockDevice(*device),
+        EntryKind::Fifo => InodeKind::Fifo,
+        EntryKind::Directory | EntryKind::Hardlink(_) => InodeKind::Directory(BTreeMap::new()),
+    })
+}
+
+/// An id as an index; ids are below [`INODES_MAX`].
+fn position(id: u32) -> usize {
+    usize::try_from(id).unwrap_or(usize::MAX)
+}

@@ -1,0 +1,624 @@
+//! Edge cases as a table, and random layers against a naive model.
+//!
+//! Layers and trees are written one entry per line: `d PATH` directory, `f PATH CONTENT` file, `h PATH TARGET` hard link,
+//! `s PATH TARGET` symbolic link, `c PATH MAJOR:MINOR` device, `p PATH` fifo. `@N` gives the user id by which metadata
+//! is told apart (default 0), and in a tree `xN` the link count where it is not 1 (files) or 2 and more (directories).
+
+use std::collections::BTreeMap;
+use std::time::Instant;
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::layer::{Entry, EntryKind, FileContent};
+
+fn path(text: &str) -> EntryPath {
+    EntryPath::clean(text.as_bytes()).unwrap()
+}
+
+fn file(content: &str) -> EntryKind {
+    EntryKind::Regular(FileContent {
+        size: content.len() as u64,
+        digest: Some(Digest::of(content.as_bytes())),
+        chunks: Vec::new(),
+    })
+}
+
+fn entry(name: &str, kind: EntryKind) -> Entry {
+    let metadata = Metadata {
+        mode: 0o755,
+        ..Metadata::default()
+    };
+    Entry {
+        path: path(name),
+        metadata,
+        kind,
+    }
+}
+
+fn parse(line: &str) -> Entry {
+    let (line, uid) = line.split_once(" @").unwrap_or((line, "0"));
+    let mut words = line.split(' ');
+    let (kind, name, argument) = (
+        words.next().unwrap(),
+        words.next().unwrap(),
+        words.next().unwrap_or_default(),
+    );
+    let kind = match kind {
+        "d" => EntryKind::Directory,
+        "f" => file(argument),
+        "h" => EntryKind::Hardlink(path(argument)),
+        "s" => EntryKind::Symlink(argument.as_bytes().into()),
+        "c" => {
+            let (major, minor) = argument.split_once(':').unwrap();
+            let (major, minor) = (major.parse().unwrap(), minor.parse().unwrap());
+            EntryKind::CharDevice(Device { major, minor })
+        }
+        "p" => EntryKind::Fifo,
+        _ => panic!("{line}"),
+    };
+    let mut entry = entry(name, kind);
+    entry.metadata.uid = uid.parse().unwrap();
+    entry
+}
+
+fn layer(entries: impl IntoIterator<Item = Entry>) -> LayerIndex {
+    LayerIndex {
+        entries: entries.into_iter().collect(),
+        prefetch_end: None,
+    }
+}
+
+fn layers(texts: &[&str]) -> Vec<LayerIndex> {
+    let lines = |text: &&str| layer(text.split(", ").filter(|line| !line.is_empty()).map(parse));
+    texts.iter().map(lines).collect()
+}
+
+/// The tree in the notation above. Contents are shown as the layer and entry that hold them would have them.
+fn show(tree: &Tree, layers: &[LayerIndex]) -> Vec<String> {
+    let line = |(path, id): (Vec<u8>, InodeId)| {
+        let path = String::from_utf8(path).unwrap();
+        let inode = tree.inode(id).unwrap();
+        let mut line = match &inode.kind {
+            InodeKind::Directory(_) => format!("d {path}"),
+            InodeKind::Regular(file) => {
+                let source = &layers[file.layer as usize].entries[file.entry as usize];
+                let EntryKind::Regular(content) = &source.kind else {
+                    panic!("{path} refers to {source:?}");
+                };
+                assert_eq!((content.size, content.digest), (file.size, Some(file.object)));
+                format!("f {path} {}.{}", file.layer, file.entry)
+            }
+            InodeKind::Symlink(target) => format!("s {path} {}", String::from_utf8_lossy(target)),
+            InodeKind::CharDevice(device) | InodeKind::BlockDevice(device) => {
+                format!("c {path} {}:{}", device.major, device.minor)
+            }
+            InodeKind::Fifo => format!("p {path}"),
+        };
+        if inode.metadata.uid != 0 {
+            line += &format!(" @{}", inode.metadata.uid);
+        }
+        if !matches!(inode.kind, InodeKind::Directory(_)) && inode.links != 1 {
+            line += &format!(" x{}", inode.links);
+        }
+        line
+    };
+    tree.walk().map(line).collect()
+}
+
+#[test]
+fn edge_cases() {
+    for (texts, expected) in [
+        (&[][..], ""),
+        (&[""], ""),
+        // Missing parents.
+        (&["f a/b/c 1"], "d a, d a/b, f a/b/c 0.0"),
+        (&["f a/b 1, d a @5"], "d a @5, f a/b 0.0"),
+        (&["d a @5", "f a/b 1"], "d a @5, f a/b 1.0"),
+        // Later wins, between layers and within one.
+        (&["f a 1", "f a 2 @3"], "f a 1.0 @3"),
+        (&["f a 1, f a 2"], "f a 0.1"),
+        (&["d a, f a/b 1, f a 2"], "f a 0.2"),
+        (&["f a 1, d a, f a/b 1"], "d a, f a/b 0.2"),
+        // Directories over directories, files over directories, directories over files.
+        (&["d a @1, f a/b 1", "d a @2"], "d a @2, f a/b 0.1"),
+        (&["d a, f a/b 1", "f a 2"], "f a 1.0"),
+        (&["f a 1", "d a, f a/b 2"], "d a, f a/b 1.1"),
+        (&["f a 1", "f a/b 2"], "d a, f a/b 1.0"),
+        (&["d a @1, f a/b 1", "s a x", "d a @2"], "d a @2"),
+        // Whiteouts.
+        (&["f a 1, f b 1", "f .wh.a -"], "f b 0.1"),
+        (&["d a, f a/b 1", "f .wh.a -"], ""),
+        (&["d a, f a/b 1, f a/c 1", "f a/.wh.b -"], "d a, f a/c 0.2"),
+        (&["f a 1", "f .wh.a -, f a 2"], "f a 1.1"),
+        (&["f a 1", "f a 2, f .wh.a -"], "f a 1.0"),
+        (
+            &["d a @1, f a/b 1", "d a @2, f a/c 2, f .wh.a -"],
+            "d a @2, f a/c 1.1",
+        ),
+        (&["d a, f a/b 1", "f a/.wh.b -", "f a/b 3"], "d a, f a/b 2.0"),
+        (&["f a 1", "f .wh.b -"], "f a 0.0"),
+        (&["", "f a/b/.wh.c -"], "d a, d a/b"),
+        (&["f a 1", "f a/.wh.c -"], "d a"),
+        (&["f a 1, f .wh.a -"], "f a 0.0"),
+        (&["f .wh..wh.aufs -, f .wh..wh.plnk/1 -, f a 1"], "f a 0.2"),
+        (&["f d/.wh.x 1", "f d/.wh..wh.x -"], "d d"),
+        // Opaque directories.
+        (
+            &["d a @1, f a/b 1, d a/c", "d a @2, f a/d 2, f a/.wh..wh..opq -"],
+            "d a @2, f a/d 1.1",
+        ),
+        (&["d a, f a/b 1", "f a/.wh..wh..opq -, f a/b 2"], "d a, f a/b 1.1"),
+        (&["d a @7, f a/b 1", "f a/.wh..wh..opq -"], "d a @7"),
+        (&["f a 1, f b 1", "f .wh..wh..opq -, f c 1"], "f c 1.1"),
+        (
+            &["d a, f a/b 1", "f a/.wh..wh..opq -", "f a/c 2"],
+            "d a, f a/c 2.0",
+        ),
+        // The root's own entry.
+        (&["d . @4, f a 1"], "f a 0.1"),
+        // Names that try to leave the tree.
+        (&["f ../../a 1, f /b/../../c 1"], "f a 0.0, f c 0.1"),
+        // Hard links.
+        (&["f a 1, h b a"], "f a 0.0 x2, f b 0.0 x2"),
+        (&["h b a, f a 1"], "f a 0.1 x2, f b 0.1 x2"),
+        (&["h c b, h b a, f a 1"], "f a 0.2 x3, f b 0.2 x3, f c 0.2 x3"),
+        (&["f a 1, h b a, f a 2"], "f a 0.2, f b 0.0"),
+        (&["f a 1", "h b a"], "f a 0.0 x2, f b 0.0 x2"),
+        (&["f a 1", "h b a, f a 2"], "f a 1.1 x2, f b 1.1 x2"),
+        (&["f a 1, h b a", "f a 2"], "f a 1.0, f b 0.0"),
+        (&["f a 1, h b a", "f .wh.a -"], "f b 0.0"),
+        (&["f a 1, h b a", "h c b, f .wh.a -"], "f b 0.0 x2, f c 0.0 x2"),
+        (&["s a x, h b a"], "s a x x2, s b x x2"),
+        (&["c a 1:3, h b a"], "c a 1:3 x2, c b 1:3 x2"),
+        (&["h b missing, f b 1"], "f b 0.1"),
+        (
+            &["d d, f d/a 1, s e d, h b e/a"],
+            "f b 0.1 x2, d d, f d/a 0.1 x2, s e d",
+        ),
+        // Symbolic links as parents: those of the same layer are followed, inside the tree.
+        (
+            &["d usr, s lib usr/lib, f lib/a 1"],
+            "s lib usr/lib, d usr, d usr/lib, f usr/lib/a 0.2",
+        ),
+        (
+            &["s lib /usr/lib, f lib/a 1"],
+            "s lib /usr/lib, d usr, d usr/lib, f usr/lib/a 0.1",
+        ),
+        (
+            &["d d, s d/up ../../../x, f d/up/a 1"],
+            "d d, s d/up ../../../x, d x, f x/a 0.2",
+        ),
+        (&["s a b, s b c, f a/x 1"], "s a b, s b c, d c, f c/x 0.2"),
+        (
+            &["s lib usr/lib, d usr, d usr/lib", "f lib/a 1"],
+            "d lib, f lib/a 1.0, d usr, d usr/lib",
+        ),
+        // Overlayfs's own whiteout.
+        (&["f a 1, f b 1", "c a 0:0"], "f b 0.1"),
+        (&["c a 0:0, c b 0:1"], "c b 0:1"),
+        // What eStargz keeps for itself, in the root directory only.
+        (
+            &[
+                "f .prefetch.landmark 1, f .no.prefetch.landmark 1, f stargz.index.json 1, f a/.prefetch.landmark 1",
+            ],
+            "d a, f a/.prefetch.landmark 0.3",
+        ),
+    ] {
+        let layers = layers(texts);
+        let tree = Tree::merge(&layers).unwrap_or_else(|error| panic!("{texts:?}: {error}"));
+        assert_eq!(show(&tree, &layers).join(", "), expected, "{texts:?}");
+    }
+}
+
+#[test]
+fn impossible_layers_are_clear_errors() {
+    for (texts, expected) in [
+        (
+            &["h a b"][..],
+            "layer 0: /a is a hard link to /b, which does not exist",
+        ),
+        (
+            &["f b 1", "f .wh.b -, h a b"],
+            "layer 1: /a is a hard link to /b, which does not exist",
+        ),
+        (
+            &["h a a"],
+            "layer 0: /a is a hard link to /a, which leads back to it",
+        ),
+        (&["h a b, h b c, h c a"], "leads back to it"),
+        (
+            &["d b, h a b"],
+            "layer 0: /a is a hard link to /b, which is a directory",
+        ),
+        (&["h a /"], "is a directory"),
+        (&["h a b, d b"], "is a directory"),
+        (
+            &["f a 1, f a/b 1"],
+            "layer 0: /a/b lies below an entry of the same layer",
+        ),
+        (&["h a b, f b 1, f a/c 1"], "layer 0: /a/c lies below"),
+        (
+            &["s a b, s b a, f a/x 1"],
+            "layer 0: /a/x leads through more than 40 symbolic links",
+        ),
+        (&["f . 1"], "layer 0: entry 0 would replace the root"),
+        (
+            &["d x, f a/.wh.. -"],
+            "layer 0: /a/.wh.. is a whiteout of no name",
+        ),
+        (&["f .wh.. -"], "whiteout of no name"),
+        (&["f .wh... -"], "whiteout of no name"),
+        (&["f .wh. -"], "whiteout of no name"),
+    ] {
+        let error = Tree::merge(&layers(texts)).unwrap_err().to_string();
+        assert!(error.contains(expected), "{texts:?}: {error}");
+    }
+}
+
+#[test]
+fn contents_must_be_known() {
+    let with = |size, digest| {
+        let chunks = Vec::new();
+        Tree::merge(&[layer([entry(
+            "d/a",
+            EntryKind::Regular(FileContent { size, digest, chunks }),
+        )])])
+    };
+    let error = with(1, None).unwrap_err();
+    assert!(matches!(error, TreeError::NoDigest { layer: 0, .. }), "{error}");
+    assert!(matches!(
+        with(1, Some(Digest::EMPTY)),
+        Err(TreeError::EmptyDigest { .. })
+    ));
+    assert!(matches!(
+        with(0, Some(Digest::of(b"x"))),
+        Err(TreeError::EmptyDigest { .. })
+    ));
+    let tree = with(0, None).unwrap();
+    let id = tree.lookup(&path("d/a")).unwrap();
+    assert!(
+        matches!(&tree.inode(id).unwrap().kind, InodeKind::Regular(file) if file.object == Digest::EMPTY)
+    );
+}
+
+#[test]
+fn attributes_that_steer_overlayfs_are_left_out() {
+    let mut entry = entry("a", file("x"));
+    for name in [
+        &b"trusted.overlay.redirect"[..],
+        b"trusted.overlay",
+        b"user.overlay.opaque",
+    ] {
+        entry.metadata.xattrs.insert(name.into(), Box::default());
+    }
+    let tree = Tree::merge(&[layer([entry])]).unwrap();
+    let names: Vec<_> = tree.inodes[1]
+        .metadata
+        .xattrs
+        .keys()
+        .map(|name| name.to_vec())
+        .collect();
+    assert_eq!(names, [&b"trusted.overlay"[..], b"user.overlay.opaque"]);
+}
+
+#[test]
+fn inodes_have_link_counts_and_parents_come_first() {
+    let layers = layers(&["d a @2, d a/b, d a/c, f a/c/x 1, h y a/c/x"]);
+    let tree = Tree::merge(&layers).unwrap();
+    let links = |name: &str| tree.inode(tree.lookup(&path(name)).unwrap()).unwrap().links;
+    assert_eq!((links(""), links("a"), links("a/b"), links("y")), (3, 4, 2, 2));
+    assert_eq!(tree.inodes.len(), 5);
+    assert_eq!(tree.inodes[0].metadata.mode, 0o755);
+    for (id, inode) in (0_u32..).zip(&tree.inodes) {
+        if let InodeKind::Directory(children) = &inode.kind {
+            for child in children.values() {
+                let is_directory = tree.children(*child).is_some();
+                assert!(
+                    child.0 > id || !is_directory,
+                    "{child:?} comes before its parent {id}"
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn paths_resolve_as_in_the_container() {
+    let layers =
+        layers(&["d usr, f usr/a 1, s lib usr, s abs /lib/a, s up ../../usr/a, s loop loop, s dangling no"]);
+    let tree = Tree::merge(&layers).unwrap();
+    let a = tree.lookup(&path("usr/a")).unwrap();
+    for name in [
+        "usr/a",
+        "/lib/a",
+        "abs",
+        "up",
+        "/../usr/./a",
+        "lib/../usr/a",
+        "//lib//a",
+    ] {
+        assert_eq!(tree.resolve(name.as_bytes(), true), Ok(a), "{name}");
+    }
+    assert_eq!(tree.resolve(b"", true), Ok(InodeId::ROOT));
+    assert_eq!(
+        tree.resolve(b"lib/", false),
+        Ok(tree.lookup(&path("usr")).unwrap())
+    );
+    assert_eq!(
+        tree.resolve(b"lib", false),
+        Ok(tree.lookup(&path("lib")).unwrap())
+    );
+    assert_eq!(tree.lookup(&path("lib/a")), None);
+    assert!(matches!(tree.resolve(b"loop", true), Err(ResolveError::Loop(_))));
+    assert!(matches!(
+        tree.resolve(b"usr/a/", true),
+        Err(ResolveError::NotDirectory(_))
+    ));
+    assert!(matches!(
+        tree.resolve(b"usr/a/x", true),
+        Err(ResolveError::NotDirectory(_))
+    ));
+    assert!(matches!(
+        tree.resolve(b"dangling", true),
+        Err(ResolveError::NotFound(_))
+    ));
+    assert_eq!(
+        tree.resolve(b"usr/no", true),
+        Err(ResolveError::NotFound("/usr/no".into()))
+    );
+}
+
+#[test]
+fn large_and_deep_layers() {
+    let start = Instant::now();
+    let wide = layer((0..100_000).map(|number| {
+        let name = format!(
+            "usr/lib/python3/dist-packages/package{}/module{number}.py",
+            number % 1000
+        );
+        entry(&name, file(&number.to_string()))
+    }));
+    let deep = layer([entry(&"d/".repeat(2048), EntryKind::Directory)]);
+    // A chain of links, each to one that comes later.
+    let chain = (0..50_000).map(|number| {
+        let kind = EntryKind::Hardlink(path(&format!("l{}", number + 1)));
+        entry(&format!("l{number}"), kind)
+    });
+    let chain = layer(chain.chain([entry("l50000", file("end"))]));
+    let merged = Instant::now();
+    let tree = Tree::merge(&[wide, deep, chain]).unwrap();
+    println!("made in {:?}, merged in {:?}", merged - start, merged.elapsed());
+    assert_eq!(tree.inodes.len(), 1 + 4 + 1000 + 100_000 + 2048 + 1);
+    assert_eq!(
+        tree.inode(tree.lookup(&path("l7")).unwrap()).unwrap().links,
+        50_001
+    );
+    assert_eq!(tree.walk().count(), 4 + 1000 + 100_000 + 2048 + 50_001);
+
+    // Symbolic links that put a directory ever deeper end at the longest path that Linux has.
+    let long = "e/".repeat(1500);
+    let entries = [
+        entry("a", EntryKind::Symlink(long.as_bytes().into())),
+        entry(&format!("{long}b"), EntryKind::Symlink(long.as_bytes().into())),
+        entry("a/b/x", file("1")),
+    ];
+    let error = Tree::merge(&[layer(entries)]).unwrap_err();
+    assert!(matches!(error, TreeError::TooDeep { .. }), "{error}");
+}
+
+/// The same rules on a flat map from paths to nodes.
+#[derive(Default)]
+struct Model {
+    nodes: BTreeMap<Vec<String>, usize>,
+    /// Layer, uid and kind.
+    arena: Vec<(usize, u32, Shape)>,
+}
+
+#[derive(Clone, PartialEq)]
+enum Shape {
+    Directory,
+    File(usize, usize),
+    Symlink(String),
+    Link(Vec<String>),
+}
+
+impl Model {
+    fn remove(&mut self, path: &[String]) {
+        self.nodes.retain(|key, _| !key.starts_with(path));
+    }
+
+    fn put(&mut self, path: &[String], layer: usize, uid: u32, shape: Shape) {
+        self.remove(path);
+        self.arena.push((layer, uid, shape));
+        self.nodes.insert(path.to_vec(), self.arena.len() - 1);
+    }
+
+    fn get(&self, path: &[String]) -> Option<&(usize, u32, Shape)> {
+        self.nodes.get(path).map(|id| &self.arena[*id])
+    }
+
+    /// Where a path leads: links of `layer` (or of any, for `None`) are followed, the last component is not.
+    fn walk(&self, path: &[String], layer: Option<usize>) -> Result<Vec<String>, ()> {
+        let mut todo = path.to_vec();
+        let mut done: Vec<String> = Vec::new();
+        let mut followed = 0;
+        while !todo.is_empty() {
+            match todo.remove(0).as_str() {
+                "" => {}
+                ".." => drop(done.pop()),
+                name => done.push(name.to_string()),
+            }
+            if todo.is_empty() {
+                break;
+            }
+            match self.get(&done) {
+                Some((of, _, Shape::Symlink(target))) if layer.is_none_or(|layer| layer == *of) => {
+                    followed += 1;
+                    if followed > 40 {
+                        return Err(());
+                    }
+                    let rest = std::mem::replace(&mut todo, target.split('/').map(String::from).collect());
+                    todo.extend(rest);
+                    done.pop();
+                    if target.starts_with('/') {
+                        done.clear();
+                    }
+                }
+                Some((_, _, Shape::Directory)) | None => {}
+                Some((of, ..)) if layer.is_some_and(|layer| layer != *of) => {}
+                Some(_) => return Err(()),
+            }
+        }
+        Ok(done)
+    }
+
+    fn apply(&mut self, number: usize, layer: &LayerIndex) -> Result<(), ()> {
+        let split = |path: &EntryPath| -> Vec<String> {
+            path.components()
+                .map(|name| String::from_utf8(name.to_vec()).unwrap())
+                .collect()
+        };
+        for entry in &layer.entries {
+            let mut path = split(&entry.path);
+            let name = path.pop().unwrap();
+            if name == ".wh..wh..opq" {
+                self.nodes
+                    .retain(|key, _| !(key.starts_with(&path) && key.len() > path.len()));
+            } else if let Some(name) = name.strip_prefix(".wh.") {
+                path.push(name.to_string());
+                self.remove(&path);
+            }
+        }
+        for (index, entry) in layer.entries.iter().enumerate() {
+            let path = self.walk(&split(&entry.path), Some(number))?;
+            for length in 1..path.len() {
+                if !matches!(self.get(&path[..length]), Some((_, _, Shape::Directory))) {
+                    self.put(&path[..length], number, 0, Shape::Directory);
+                }
+            }
+            if path.last().unwrap().starts_with(".wh.") {
+                continue;
+            }
+            let uid = entry.metadata.uid;
+            match &entry.kind {
+                EntryKind::Directory => match self.nodes.get(&path).map(|id| &mut self.arena[*id]) {
+                    Some(node) if node.2 == Shape::Directory => (node.0, node.1) = (number, uid),
+                    _ => self.put(&path, number, uid, Shape::Directory),
+                },
+                EntryKind::Symlink(target) => {
+                    let target = String::from_utf8(target.to_vec()).unwrap();
+                    self.put(&path, number, uid, Shape::Symlink(target));
+                }
+                EntryKind::Hardlink(target) => {
+                    let target = split(target);
+                    let known = self
+                        .walk(&target, None)
+                        .ok()
+                        .and_then(|target| self.nodes.get(&target).copied());
+                    match known.filter(|id| {
+                        let (of, _, shape) = &self.arena[*id];
+                        *of == number && matches!(shape, Shape::File(..) | Shape::Symlink(_))
+                    }) {
+                        Some(id) => {
+                            self.remove(&path);
+                            self.nodes.insert(path, id);
+                        }
+                        None => self.put(&path, number, uid, Shape::Link(target)),
+                    }
+                }
+                _ => self.put(&path, number, uid, Shape::File(number, index)),
+            }
+        }
+        // Links without their target yet: one after the other, as long as anything changes.
+        loop {
+            let links = self
+                .nodes
+                .iter()
+                .filter_map(|(path, id)| match &self.arena[*id].2 {
+                    Shape::Link(target) => Some((path.clone(), target.clone())),
+                    _ => None,
+                });
+            let links: Vec<_> = links.collect();
+            if links.is_empty() {
+                return Ok(());
+            }
+            let mut changed = false;
+            for (path, target) in links {
+                let id = *self.nodes.get(&self.walk(&target, None)?).ok_or(())?;
+                match self.arena[id].2 {
+                    Shape::Directory => return Err(()),
+                    Shape::Link(_) => {}
+                    _ => {
+                        self.nodes.insert(path, id);
+                        changed = true;
+                    }
+                }
+            }
+            if !changed {
+                return Err(());
+            }
+        }
+    }
+
+    fn show(&self) -> Vec<String> {
+        let line = |(path, id): (&Vec<String>, &usize)| {
+            let path = path.join("/");
+            let (_, uid, shape) = &self.arena[*id];
+            let links = self.nodes.values().filter(|other| *other == id).count();
+            let mut line = match shape {
+                Shape::Directory => format!("d {path}"),
+                Shape::File(layer, index) => format!("f {path} {layer}.{index}"),
+                Shape::Symlink(target) => format!("s {path} {target}"),
+                Shape::Link(_) => format!("unresolved {path}"),
+            };
+            if *uid != 0 {
+                line += &format!(" @{uid}");
+            }
+            if links != 1 {
+                line += &format!(" x{links}");
+            }
+            line
+        };
+        self.nodes.iter().map(line).collect()
+    }
+}
+
+fn random_layers() -> impl Strategy<Value = Vec<LayerIndex>> {
+    let name = || proptest::collection::vec(prop_oneof![Just("a"), Just("b"), Just("c")], 1..4);
+    let joined = move || name().prop_map(|names| names.join("/"));
+    let line = prop_oneof![
+        4 => joined().prop_map(|path| format!("d {path}")),
+        6 => joined().prop_map(|path| format!("f {path} 1")),
+        2 => (joined(), joined()).prop_map(|(path, target)| format!("h {path} {target}")),
+        1 => (joined(), joined(), prop_oneof![Just(""), Just("/"), Just("../")])
+            .prop_map(|(path, target, start)| format!("s {path} {start}{target}")),
+        2 => name().prop_map(|names| {
+            let (last, parents) = names.split_last().unwrap();
+            let start: String = parents.iter().map(|name| format!("{name}/")).collect();
+            format!("f {start}.wh.{last} -")
+        }),
+        1 => joined().prop_map(|path| format!("f {path}/.wh..wh..opq -")),
+    ];
+    let line = (line, 0..5).prop_map(|(line, uid)| format!("{line} @{uid}"));
+    let layer =
+        proptest::collection::vec(line, 0..8).prop_map(|lines| layer(lines.iter().map(|line| parse(line))));
+    proptest::collection::vec(layer, 0..4)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(4000))]
+
+    #[test]
+    fn merging_equals_the_model(layers in random_layers()) {
+        let mut model = Model::default();
+        let modelled = layers.iter().enumerate().try_for_each(|(number, layer)| model.apply(number, layer));
+        match Tree::merge(&layers) {
+            Err(error) => prop_assert!(modelled.is_err(), "{error}"),
+            Ok(tree) => {
+                prop_assert!(modelled.is_ok());
+                prop_assert_eq!(show(&tree, &layers), model.show());
+            }
+        }
+    }
+}
