@@ -18,6 +18,7 @@ pub mod estargz;
 pub mod layer;
 pub mod media;
 pub mod path;
+pub mod profile;
 pub mod tar;
 pub mod tree;
 
