@@ -14,7 +14,7 @@ pub enum Error {
         /// The image as the user wrote it.
         image: String,
         /// What the registry client says.
-        source: peel_registry::Error,
+        source: Box<peel_registry::Error>,
     },
     /// The store failed.
     #[error(transparent)]
@@ -61,7 +61,7 @@ pub enum Error {
         /// The image as the user wrote it.
         image: String,
         /// Why they do not.
-        source: peel_image::tree::TreeError,
+        source: Box<peel_image::tree::TreeError>,
     },
     /// A mount could not be made or changed.
     #[error("{what}: {step}: {source}{}", shown(messages))]

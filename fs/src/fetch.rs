@@ -231,7 +231,7 @@ impl Engine {
                 }
             }
             (Outcome::Ready(snapshot), Some(answer)) => {
-                self.answer(object, &snapshot, offset, length, answer)
+                self.answer(object, &snapshot, offset, length, answer);
             }
             (_, Some(answer)) => {
                 tracing::error!(

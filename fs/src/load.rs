@@ -27,7 +27,7 @@ use tokio::sync::mpsc;
 
 use crate::error::Error;
 use crate::fetch::prefetch::Segment;
-use crate::service::{Shared, Sources};
+use crate::service::{Image, Shared, Sources};
 use crate::{LayerReport, LoadRequest, Progress, PullPolicy};
 use layer::{Indexed, LayerLoader};
 
@@ -67,10 +67,29 @@ impl Job {
         }
     }
 
+    /// Images are the same only if they were loaded in the same way.
+    fn key(&self, manifest: &Digest) -> String {
+        let request = &self.request;
+        let (prefetch, eager) = (request.prefetch, request.eager);
+        format!("{manifest} {prefetch} {eager} {}", self.image)
+    }
+
+    fn live(&self, manifest: &Digest) -> Option<Outcome> {
+        self.shared.live(&self.key(manifest)).map(Outcome::Live)
+    }
+
+    fn new_image(&self, loaded: Loaded) -> Outcome {
+        Outcome::New {
+            key: self.key(&loaded.manifest_digest),
+            loaded,
+            sources: Arc::clone(&self.sources),
+        }
+    }
+
     fn registry_error(&self, source: peel_registry::Error) -> Error {
         Error::Registry {
             image: self.image.clone(),
-            source,
+            source: Box::new(source),
         }
     }
 
@@ -84,13 +103,29 @@ impl Job {
     }
 }
 
+/// What a load came to.
+#[derive(Debug)]
+pub(crate) enum Outcome {
+    /// An image that has to be put together.
+    New {
+        /// What it is.
+        loaded: Loaded,
+        /// Where it comes from.
+        sources: Arc<Sources>,
+        /// Under which it is found again while it lives.
+        key: String,
+    },
+    /// An image that lives already, loaded in the same way.
+    Live(Arc<Image>),
+}
+
 /// Loads an image; see [`crate::Service::load`].
 pub(crate) fn load(
     shared: &Arc<Shared>,
     number: u64,
     request: &LoadRequest,
     progress: &(dyn Fn(Progress) + Send + Sync),
-) -> Result<(Loaded, Arc<Sources>), Error> {
+) -> Result<Outcome, Error> {
     let job = Job {
         shared: Arc::clone(shared),
         number,
@@ -105,23 +140,23 @@ pub(crate) fn load(
         PullPolicy::Never => false,
     };
     if !ask {
-        let known = shared.engine.store.name(&job.store_name())?;
-        if let Some(loaded) = known
-            .map(|manifest| known::load(&job, &manifest))
-            .transpose()?
-            .flatten()
-        {
-            progress(resolved(&loaded));
-            progress(Progress::Indexed);
-            return Ok((loaded, job.sources));
+        if let Some(manifest) = shared.engine.store.name(&job.store_name())? {
+            let outcome = match job.live(&manifest) {
+                Some(outcome) => Some(outcome),
+                None => known::load(&job, &manifest, false)?.map(|loaded| job.new_image(loaded)),
+            };
+            if let Some(outcome) = outcome {
+                progress(outcome.resolved());
+                progress(Progress::Indexed);
+                return Ok(outcome);
+            }
         }
         if request.pull == PullPolicy::Never {
             return Err(Error::NotInStore { image: job.image });
         }
     }
-    let sources = Arc::clone(&job.sources);
     let engine = Arc::clone(&shared.engine);
-    let loaded = engine.handle().block_on(async move {
+    let outcome = engine.handle().block_on(async move {
         // Progress is told from the caller's thread: its closure need not outlive this call.
         let (sender, mut receiver) = mpsc::channel(64);
         let work = tokio::spawn(resolve(job, sender));
@@ -131,18 +166,24 @@ pub(crate) fn load(
         work.await.map_err(|_| Error::Stopping)?
     })?;
     progress(Progress::Indexed);
-    Ok((loaded, sources))
+    Ok(outcome)
 }
 
-fn resolved(loaded: &Loaded) -> Progress {
-    Progress::Resolved {
-        manifest: loaded.manifest_digest,
-        layers: loaded.reports.len(),
-        bytes: loaded.reports.iter().map(|layer| layer.size).sum(),
+impl Outcome {
+    fn resolved(&self) -> Progress {
+        let (manifest, layers) = match self {
+            Self::New { loaded, .. } => (loaded.manifest_digest, loaded.reports.as_slice()),
+            Self::Live(image) => (image.manifest_digest(), image.layers()),
+        };
+        Progress::Resolved {
+            manifest,
+            layers: layers.len(),
+            bytes: layers.iter().map(|layer| layer.size).sum(),
+        }
     }
 }
 
-async fn resolve(job: Job, progress: mpsc::Sender<Progress>) -> Result<Loaded, Error> {
+async fn resolve(job: Job, progress: mpsc::Sender<Progress>) -> Result<Outcome, Error> {
     let source = job.open().await?;
     let warming = tokio::spawn({
         let source = source.clone();
@@ -163,14 +204,19 @@ async fn resolve(job: Job, progress: mpsc::Sender<Progress>) -> Result<Loaded, E
     let _ = progress.send(step).await;
     let known = {
         let (job, manifest) = (job.clone(), image.manifest_digest);
-        blocking(move || known::load(&job, &manifest)).await??
+        blocking(move || match job.live(&manifest) {
+            Some(outcome) => Ok(Some(outcome)),
+            None => known::load(&job, &manifest, true).map(|known| known.map(|loaded| job.new_image(loaded))),
+        })
+        .await??
     };
-    if let Some(loaded) = known {
-        let (job, manifest) = (job.clone(), loaded.manifest_digest);
+    if let Some(outcome) = known {
+        let manifest = image.manifest_digest;
         blocking(move || job.shared.engine.store.put_name(&job.store_name(), &manifest)).await??;
-        return Ok(loaded);
+        return Ok(outcome);
     }
-    fetch(&job, &source, &image, &progress).await
+    let loaded = fetch(&job, &source, &image, &progress).await?;
+    Ok(job.new_image(loaded))
 }
 
 /// Fetches all metadata and builds the tree.
@@ -323,7 +369,7 @@ async fn build(job: &Job, layers: Vec<Indexed>, record: ImageRecord) -> Result<P
             layers.into_iter().map(|layer| (layer.key, layer.index)).unzip();
         let tree = Tree::merge(&indexes).map_err(|source| Error::Tree {
             image: job.image.clone(),
-            source,
+            source: Box::new(source),
         })?;
         let erofs = store.put_erofs_image(&record.manifest_digest, &tree)?;
         drop(tree);

@@ -14,7 +14,7 @@ use peel_store::Store;
 use crate::error::Error;
 use crate::fetch::layer::Layer;
 use crate::fetch::{Engine, Events, fail};
-use crate::load::{self, Loaded};
+use crate::load::{self, Loaded, Outcome};
 use crate::mount::{self, FuseMount};
 use crate::native::Native;
 use crate::object_fs::{self, Lookups, Served};
@@ -163,22 +163,20 @@ impl Service {
             return Err(Error::Stopping);
         }
         let number = self.shared.next_image.fetch_add(1, Ordering::Relaxed);
-        let (loaded, sources) = load::load(&self.shared, number, request, progress)?;
-        let key = format!(
-            "{} {} {}",
-            request.name,
-            request.platform.as_deref().unwrap_or_default(),
-            loaded.manifest_digest
-        );
-        let image = Arc::new(Image {
-            shared: Arc::clone(&self.shared),
-            loaded,
-            sources,
-        });
-        let mut images = lock(&self.shared.images);
-        images.retain(|_, image| image.strong_count() > 0);
-        images.insert(key, Arc::downgrade(&image));
-        Ok(image)
+        match load::load(&self.shared, number, request, progress)? {
+            Outcome::Live(image) => Ok(image),
+            Outcome::New { loaded, sources, key } => {
+                let image = Arc::new(Image {
+                    shared: Arc::clone(&self.shared),
+                    loaded,
+                    sources,
+                });
+                let mut images = lock(&self.shared.images);
+                images.retain(|_, image| image.strong_count() > 0);
+                images.insert(key, Arc::downgrade(&image));
+                Ok(image)
+            }
+        }
     }
 
     /// Mounts the image's root file system, detached. `scratch` is an empty directory for the writable layer (made
@@ -218,6 +216,11 @@ impl Service {
 }
 
 impl Shared {
+    /// The image that was loaded under this key, while somebody has it.
+    pub(crate) fn live(&self, key: &str) -> Option<Arc<Image>> {
+        lock(&self.images).get(key).and_then(Weak::upgrade)
+    }
+
     fn stop(&self) {
         if self.stopped.swap(true, Ordering::AcqRel) {
             return;
@@ -226,7 +229,7 @@ impl Shared {
         match mount::abort_fuse(self.fuse.mount.as_fd()) {
             Ok(()) => lock(&self.served).join(),
             Err(error) => {
-                tracing::error!(%error, "the object file system stays until its last mount is gone")
+                tracing::error!(%error, "the object file system stays until its last mount is gone");
             }
         }
         if let Err(error) = self.engine.store.checkpoint() {

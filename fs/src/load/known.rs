@@ -5,8 +5,8 @@ use std::thread;
 
 use oci_spec::image::{Descriptor, ImageManifest};
 use peel_image::Digest;
-use peel_image::layer::LayerIndex;
-use peel_store::ImageRecord;
+use peel_image::layer::{EntryKind, LayerIndex};
+use peel_store::{ImageRecord, Store};
 
 use super::{Job, Loaded, plan};
 use crate::LayerReport;
@@ -31,8 +31,9 @@ pub(super) fn keep(
 }
 
 /// The image of that manifest, if the store has all that is needed to mount it. Its layers become available in the
-/// background; lookups of objects wait for that.
-pub(super) fn load(job: &Job, manifest: &Digest) -> Result<Option<Loaded>, Error> {
+/// background; lookups of objects wait for that. With `thorough`, an image whose whole layers have lost a file does not
+/// count as known: there is a registry to pull them from again.
+pub(super) fn load(job: &Job, manifest: &Digest, thorough: bool) -> Result<Option<Loaded>, Error> {
     let store = &job.shared.engine.store;
     if job.request.eager {
         return Ok(None);
@@ -63,6 +64,13 @@ pub(super) fn load(job: &Job, manifest: &Digest) -> Result<Option<Loaded>, Error
     if reports.len() != parsed.layers().len() {
         return Ok(None);
     }
+    if thorough {
+        for (report, key) in reports.iter().zip(&record.layers) {
+            if report.not_lazy.is_some() && !store.layer(key)?.is_some_and(|index| is_here(store, &index)) {
+                return Ok(None);
+            }
+        }
+    }
     register(job, &parsed, &record)?;
     Ok(Some(Loaded {
         manifest_digest: *manifest,
@@ -71,6 +79,16 @@ pub(super) fn load(job: &Job, manifest: &Digest) -> Result<Option<Loaded>, Error
         reports,
         erofs,
     }))
+}
+
+/// Whether the store has every file of a layer.
+pub(super) fn is_here(store: &Store, index: &LayerIndex) -> bool {
+    index.entries.iter().all(|entry| match &entry.kind {
+        EntryKind::Regular(content) if content.size > 0 => {
+            content.digest.is_some_and(|digest| store.has_object(&digest))
+        }
+        _ => true,
+    })
 }
 
 /// Reads the indexes in a thread of its own.

@@ -9,7 +9,7 @@ use peel_registry::{Blob, Source};
 use tokio::sync::{Semaphore, mpsc};
 
 use super::toc::{Toc, TocFailure};
-use super::{Job, annotations_of, blocking, lazy_key, toc, whole};
+use super::{Job, annotations_of, blocking, known, lazy_key, toc, whole};
 use crate::error::Error;
 use crate::fetch::layer::{CHUNK_MAX, Layer};
 use crate::fetch::prefetch::Early;
@@ -220,13 +220,7 @@ impl LayerLoader {
             let Ok(Some(index)) = store.layer(&blob) else {
                 return None;
             };
-            let here = index.entries.iter().all(|entry| match &entry.kind {
-                EntryKind::Regular(content) if content.size > 0 => {
-                    content.digest.is_some_and(|digest| store.has_object(&digest))
-                }
-                _ => true,
-            });
-            here.then_some(index)
+            known::is_here(&store, &index).then_some(index)
         })
         .await
     }
