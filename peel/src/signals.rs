@@ -81,7 +81,7 @@ pub fn window_changes() -> anyhow::Result<Arc<AtomicBool>> {
     let flag = Arc::new(AtomicBool::new(false));
     let set = Arc::clone(&flag);
     listen(&[SignalKind::window_change()], move |_| {
-        set.store(true, Ordering::Relaxed)
+        set.store(true, Ordering::Relaxed);
     })?;
     Ok(flag)
 }

@@ -11,7 +11,7 @@ use std::io;
 pub fn close_inherited_on_exec() -> io::Result<()> {
     // SAFETY: close_range with CLOSE_RANGE_CLOEXEC closes nothing now; it changes a flag of descriptors, which no owner
     // relies on being unset.
-    let result = unsafe { libc::close_range(3, libc::c_uint::MAX, libc::CLOSE_RANGE_CLOEXEC as libc::c_int) };
+    let result = unsafe { libc::close_range(3, libc::c_uint::MAX, libc::CLOSE_RANGE_CLOEXEC.cast_signed()) };
     if result == 0 {
         Ok(())
     } else {

@@ -59,9 +59,9 @@ pub struct OptimizeArgs {
     /// Write what was read, in order, as JSON lines
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
     pub record_out: Option<PathBuf>,
-    /// Use this record instead of running the image
+    /// Use this record instead of running the image; several are merged
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath, conflicts_with = "prefetch_list")]
-    pub record_in: Option<PathBuf>,
+    pub record_in: Vec<PathBuf>,
     /// Use this list of paths and patterns (* ? [] **, `#` comments) instead of running the image
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
     pub prefetch_list: Option<PathBuf>,

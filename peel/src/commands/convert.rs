@@ -23,7 +23,11 @@ const SHOW_EVERY: Duration = Duration::from_millis(200);
 pub(super) fn run(global: &Global, args: &ConvertArgs) -> anyhow::Result<()> {
     let open = OpenImage::open(global, &args.source, args.platform.as_deref())?;
     let plan = match &args.estargz_record_in {
-        Some(path) => Plan::for_every_layer(&record::read(path)?, open.image.manifest.layers().len()),
+        Some(path) => {
+            let record = record::read(path)?;
+            let paths: Vec<_> = record.accesses.into_iter().map(|access| access.path).collect();
+            Plan::for_every_layer(&paths, open.image.manifest.layers().len())
+        }
         None => Plan::default(),
     };
     let settings = settings(&args.layers, false, true);

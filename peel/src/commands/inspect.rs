@@ -148,7 +148,7 @@ fn print(report: &Report) -> std::io::Result<()> {
             TocState::None => {}
             TocState::Verified { digest } => writeln!(out, "  TOC:      {digest}, as the manifest says")?,
             TocState::NotVouchedFor { digest } => {
-                writeln!(out, "  TOC:      {digest}, the manifest says nothing")?
+                writeln!(out, "  TOC:      {digest}, the manifest says nothing")?;
             }
             TocState::Differs { digest, annotated } => {
                 writeln!(out, "  TOC:      {digest}, but the manifest says {annotated}")?;

@@ -7,6 +7,7 @@ use std::io::Write;
 use anyhow::{Context, bail};
 use peel_image::layer::LayerIndex;
 use peel_image::path::EntryPath;
+use peel_image::profile::{Profile, ProfileEntry};
 use peel_image::tree::Tree;
 use peel_registry::ImageName;
 use peel_store::Store;
@@ -22,20 +23,24 @@ use crate::progress::LoadProgress;
 /// Records, converts, pushes; prints the manifest's digest.
 pub(super) fn run(global: &Global, args: &OptimizeArgs) -> anyhow::Result<()> {
     let open = OpenImage::open(global, &args.source, args.load.platform.as_deref())?;
-    let plan = if let Some(path) = &args.record_in {
+    let (profile, plan) = if !args.record_in.is_empty() {
         let contents = open.contents()?;
-        Plan::new(&contents.tree, &contents.layers, record::read(path)?.iter())
+        planned(
+            record::read_all(&args.record_in)?,
+            &contents.tree,
+            &contents.layers,
+        )
     } else if let Some(path) = &args.prefetch_list {
         let list = std::fs::read(path).with_context(|| format!("{}: cannot be read", path.display()))?;
         let list = patterns::parse(&list).with_context(|| path.display().to_string())?;
         let contents = open.contents()?;
-        let paths = plan::matching(&contents.tree, &list);
-        Plan::new(&contents.tree, &contents.layers, paths.iter())
+        let profile = untimed(plan::matching(&contents.tree, &list));
+        planned(profile, &contents.tree, &contents.layers)
     } else {
         sampled(global, args, &open)?
     };
     if let Some(path) = &args.record_out {
-        record::write(path, open.image.manifest_digest, &plan.files)?;
+        record::write(path, open.image.manifest_digest, &profile, &plan)?;
     }
     let mut err = std::io::stderr();
     if plan.files.is_empty() {
@@ -58,8 +63,26 @@ pub(super) fn run(global: &Global, args: &OptimizeArgs) -> anyhow::Result<()> {
     convert::report(global, &args.target, &outcome)
 }
 
+fn planned(profile: Profile, tree: &Tree, layers: &[LayerIndex]) -> (Profile, Plan) {
+    let plan = Plan::new(tree, layers, profile.accesses.iter().map(|access| &access.path));
+    (profile, plan)
+}
+
+/// A profile of files that nobody has seen being read.
+fn untimed(paths: Vec<EntryPath>) -> Profile {
+    let accesses = paths.into_iter().map(|path| ProfileEntry {
+        path,
+        layer: None,
+        at: None,
+        executed: false,
+    });
+    Profile {
+        accesses: accesses.collect(),
+    }
+}
+
 /// Runs the image and finds what it read.
-fn sampled(global: &Global, args: &OptimizeArgs, open: &OpenImage) -> anyhow::Result<Plan> {
+fn sampled(global: &Global, args: &OptimizeArgs, open: &OpenImage) -> anyhow::Result<(Profile, Plan)> {
     let mut request = super::mount_request(global, &args.source, &args.load, true)?;
     request.image = pinned(&args.source, open)?;
     let mut client = Client::connect(global)?;
@@ -74,12 +97,12 @@ fn sampled(global: &Global, args: &OptimizeArgs, open: &OpenImage) -> anyhow::Re
             mounted.manifest_digest
         );
     }
-    let paths = sample::run(args, &mounted, root)?;
+    let profile = sample::run(args, &mounted, root)?;
     client.release(&mounted.id)?;
     drop(client);
     let layers = stored_layers(global, &mounted.manifest_digest)?;
     let tree = Tree::merge(&layers)?;
-    Ok(Plan::new(&tree, &layers, paths.iter()))
+    Ok(planned(profile, &tree, &layers))
 }
 
 /// The name with the manifest's digest, so that the server runs what will be converted even if the tag moves.
@@ -107,6 +130,3 @@ fn stored_layers(global: &Global, manifest: &peel_image::Digest) -> anyhow::Resu
         })
         .collect()
 }
-
-/// Paths in the order of their first access.
-type Paths = Vec<EntryPath>;

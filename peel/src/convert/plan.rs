@@ -20,6 +20,8 @@ pub struct Prioritized {
     pub path: EntryPath,
     /// The entry that holds its content: another name of the same file where `path` is a hard link.
     pub content: EntryPath,
+    /// Position of the path in the list that the plan was made from.
+    pub input: usize,
 }
 
 /// The order in which files come first.
@@ -40,10 +42,11 @@ impl Plan {
     /// Every path in every layer, for a record whose layers are not known; as ctr-remote's `convert` does.
     pub fn for_every_layer(paths: &[EntryPath], layers: usize) -> Self {
         let files = (0..layers).flat_map(|layer| {
-            paths.iter().map(move |path| Prioritized {
+            paths.iter().enumerate().map(move |(input, path)| Prioritized {
                 layer,
                 path: path.clone(),
                 content: path.clone(),
+                input,
             })
         });
         Self {
@@ -58,12 +61,12 @@ impl Plan {
         let mut names: Vec<Option<HashSet<&EntryPath>>> = vec![None; layers.len()];
         let mut seen = HashSet::new();
         let mut plan = Self::default();
-        for path in paths {
+        for (input, path) in paths.enumerate() {
             let Some(file) = find(tree, path) else {
                 plan.left_out += 1;
                 continue;
             };
-            let Some(prioritized) = locate(file, path, layers, &mut names) else {
+            let Some(prioritized) = locate(file, path, input, layers, &mut names) else {
                 plan.left_out += 1;
                 continue;
             };
@@ -86,6 +89,7 @@ fn find<'a>(tree: &'a Tree, path: &EntryPath) -> Option<&'a FileRef> {
 fn locate<'a>(
     file: &FileRef,
     path: &EntryPath,
+    input: usize,
     layers: &'a [LayerIndex],
     names: &mut [Option<HashSet<&'a EntryPath>>],
 ) -> Option<Prioritized> {
@@ -101,6 +105,7 @@ fn locate<'a>(
         layer,
         path: path.clone(),
         content: content.clone(),
+        input,
     })
 }
 
@@ -214,6 +219,7 @@ mod tests {
                 expect(0, "/usr/bin/sh", "/usr/bin/sh"),
             ]
         );
+        assert_eq!([plan.files[0].input, plan.files[1].input], [0, 1]);
         assert_eq!(
             plan.left_out, 4,
             "gone, made at run time, a directory, an empty file"

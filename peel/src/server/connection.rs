@@ -136,7 +136,7 @@ impl Client<'_> {
             let worker = std::thread::Builder::new()
                 .name("load".to_owned())
                 .spawn_scoped(scope, move || {
-                    service.load(&load, &|step| {
+                    let report = |step| {
                         // How far a pull is will be said again; that it began and the other steps come once.
                         let repeated = matches!(step, Progress::Pulling { done: 1.., .. });
                         match sender.try_send(step) {
@@ -145,7 +145,8 @@ impl Client<'_> {
                             }
                             _ => {}
                         }
-                    })
+                    };
+                    service.load(&load, &report).map_err(anyhow::Error::from)
                 })
                 .context("thread")?;
             loop {
@@ -167,7 +168,6 @@ impl Client<'_> {
             worker
                 .join()
                 .map_err(|_| anyhow::anyhow!("loading stopped unexpectedly; the server's log has more"))?
-                .map_err(anyhow::Error::from)
         })?;
         if let Some(error) = gone {
             return Err(anyhow::Error::from(error).context("client"));

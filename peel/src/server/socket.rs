@@ -59,7 +59,7 @@ impl RunDir {
             match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
                 Ok(()) => return Ok(file),
                 Err(rustix::io::Errno::WOULDBLOCK) if Instant::now() < deadline => {
-                    std::thread::sleep(LOCK_EVERY)
+                    std::thread::sleep(LOCK_EVERY);
                 }
                 Err(error) => {
                     return Err(io::Error::from(error))

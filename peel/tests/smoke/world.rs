@@ -1,4 +1,9 @@
 //! A store and directories of a test's own, the built program, and checks that nothing is left behind.
+#![expect(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    reason = "a test that cannot go on fails where it is"
+)]
 
 use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};

@@ -8,9 +8,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use peel_analyzer::Recorder;
+use peel_image::profile::{Profile, ProfileEntry};
 use peel_sandbox::{Container, Isolation, Overrides, Process, Stdio};
 
-use super::Paths;
 use crate::cli::OptimizeArgs;
 use crate::protocol::Mounted;
 use crate::run_config;
@@ -26,7 +26,7 @@ const TICK: Duration = Duration::from_millis(20);
 const LINE_MAX: usize = 64 << 10;
 
 /// Runs the image on its mount and returns what was read.
-pub(super) fn run(args: &OptimizeArgs, mounted: &Mounted, root: OwnedFd) -> anyhow::Result<Paths> {
+pub(super) fn run(args: &OptimizeArgs, mounted: &Mounted, root: OwnedFd) -> anyhow::Result<Profile> {
     let config = run_config::image_config(&mounted.config)?;
     let process = Process::from_image(config.as_ref(), &overrides(args)?)?;
     let isolation = Isolation {
@@ -89,7 +89,15 @@ pub(super) fn run(args: &OptimizeArgs, mounted: &Mounted, root: OwnedFd) -> anyh
         let _ = relay.join();
     }
     tracing::info!("the container {why}; {} files were accessed", accesses.len());
-    Ok(accesses.into_iter().map(|access| access.path).collect())
+    let accesses = accesses.into_iter().map(|access| ProfileEntry {
+        path: access.path,
+        layer: None,
+        at: u64::try_from(access.at.as_micros()).ok(),
+        executed: access.executed,
+    });
+    Ok(Profile {
+        accesses: accesses.collect(),
+    })
 }
 
 fn overrides(args: &OptimizeArgs) -> anyhow::Result<Overrides> {
@@ -205,7 +213,9 @@ mod tests {
             let mut search = LineSearch::new(b"ready");
             let found = pieces
                 .iter()
-                .fold(false, |found, piece| search.feed(piece.as_bytes()) || found);
+                .filter(|piece| search.feed(piece.as_bytes()))
+                .count()
+                > 0;
             assert_eq!(found, expected, "{pieces:?}");
         }
         let mut search = LineSearch::new(b"ready");
