@@ -1,0 +1,184 @@
+//! When a broken attempt is repeated: exponential backoff with jitter, the server's `Retry-After`, and an end.
+//!
+//! One [`Retry`] lives as long as one transfer. Bytes that arrive start its time afresh, so a long download survives any number of
+//! short failures while a registry that stays away is given up after `retry_for`.
+
+use std::hash::{BuildHasher, Hasher, RandomState};
+use std::time::{Duration, Instant, SystemTime};
+
+use crate::error::Error;
+
+/// First pause: a restarted connection usually works at once.
+const FIRST_PAUSE: Duration = Duration::from_millis(50);
+/// Longest pause: a registry that is back is noticed within this time.
+const LONGEST_PAUSE: Duration = Duration::from_secs(2);
+/// Time for a host that never answered: enough for a registry that is just starting.
+const FIRST_CONTACT: Duration = Duration::from_secs(2);
+/// Bytes that count as progress. Fewer per attempt would let a registry keep a reader for ever.
+const PROGRESS: u64 = 16 << 10;
+
+/// A failed attempt.
+#[derive(Debug)]
+pub(crate) struct Fault {
+    pub(crate) error: Error,
+    pub(crate) again: Again,
+}
+
+/// Whether an attempt is repeated.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Again {
+    /// The next attempt would fail the same way.
+    Never,
+    /// It may work; not before the time that the server named.
+    After(Option<Duration>),
+    /// The host was not reached and never has been.
+    FirstContact,
+}
+
+impl Fault {
+    pub(crate) fn fatal(error: Error) -> Self {
+        Self {
+            error,
+            again: Again::Never,
+        }
+    }
+
+    pub(crate) fn transient(error: Error) -> Self {
+        Self {
+            error,
+            again: Again::After(None),
+        }
+    }
+}
+
+/// The patience of one transfer.
+#[derive(Debug)]
+pub(crate) struct Retry {
+    limit: Duration,
+    since: Option<Instant>,
+    pause: Duration,
+    progress: u64,
+}
+
+impl Retry {
+    pub(crate) fn new(limit: Duration) -> Self {
+        Self {
+            limit,
+            since: None,
+            pause: FIRST_PAUSE,
+            progress: 0,
+        }
+    }
+
+    /// Notes that `bytes` have arrived.
+    pub(crate) fn progress(&mut self, bytes: usize) {
+        self.progress = self.progress.saturating_add(bytes as u64);
+        if self.progress >= PROGRESS && self.since.is_some() {
+            *self = Self::new(self.limit);
+        }
+    }
+
+    /// Waits until the next attempt may start, or gives `fault`'s error back.
+    pub(crate) async fn wait(&mut self, fault: Fault) -> Result<(), Error> {
+        match self.next_pause(&fault) {
+            Some(pause) => {
+                tracing::debug!(error = %fault.error, ?pause, "trying again");
+                tokio::time::sleep(pause).await;
+                Ok(())
+            }
+            None => Err(fault.error),
+        }
+    }
+
+    fn next_pause(&mut self, fault: &Fault) -> Option<Duration> {
+        let (limit, wanted) = match fault.again {
+            Again::Never => return None,
+            Again::After(wanted) => (self.limit, wanted),
+            Again::FirstContact => (self.limit.min(FIRST_CONTACT), None),
+        };
+        self.progress = 0;
+        let left = limit.checked_sub(self.since.get_or_insert_with(Instant::now).elapsed())?;
+        let pause = jitter(self.pause);
+        self.pause = (self.pause * 2).min(LONGEST_PAUSE);
+        match wanted {
+            // Asking before the server's time only makes it angrier: waiting in vain helps nobody.
+            Some(wanted) if wanted > left => None,
+            Some(wanted) => Some(wanted.max(pause)),
+            None if left.is_zero() => None,
+            None => Some(pause.min(left)),
+        }
+    }
+}
+
+/// Between three and five quarters of `pause`, so that many waiters do not come back together.
+fn jitter(pause: Duration) -> Duration {
+    let random = RandomState::new().build_hasher().finish() % 512;
+    pause * 3 / 4 + pause * u32::try_from(random).unwrap_or(0) / 1024
+}
+
+/// The value of `Retry-After` (RFC 9110, section 10.2.3): seconds or a date.
+pub(crate) fn retry_after(value: &str) -> Option<Duration> {
+    if let Ok(seconds) = value.trim().parse() {
+        return Some(Duration::from_secs(seconds));
+    }
+    let date = httpdate::parse_http_date(value.trim()).ok()?;
+    Some(date.duration_since(SystemTime::now()).unwrap_or_default())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn fault(again: Again) -> Fault {
+        Fault {
+            error: Error::Setup("test".into()),
+            again,
+        }
+    }
+
+    #[test]
+    fn pauses_grow_and_end() {
+        let mut retry = Retry::new(Duration::from_secs(60));
+        let pauses: Vec<_> = (0..8)
+            .map(|_| retry.next_pause(&fault(Again::After(None))).unwrap())
+            .collect();
+        assert!(pauses[0] < Duration::from_millis(70), "{pauses:?}");
+        assert!(
+            pauses[7] > Duration::from_secs(1) && pauses[7] < Duration::from_secs(3),
+            "{pauses:?}"
+        );
+        assert_eq!(retry.next_pause(&fault(Again::Never)), None);
+        assert_eq!(
+            Retry::new(Duration::ZERO).next_pause(&fault(Again::After(None))),
+            None
+        );
+    }
+
+    #[test]
+    fn the_servers_time_is_kept_or_refused() {
+        let mut retry = Retry::new(Duration::from_secs(10));
+        let after = |seconds| fault(Again::After(Some(Duration::from_secs(seconds))));
+        assert_eq!(retry.next_pause(&after(7)), Some(Duration::from_secs(7)));
+        assert_eq!(retry.next_pause(&after(11)), None);
+    }
+
+    #[test]
+    fn progress_starts_the_time_afresh() {
+        let mut retry = Retry::new(Duration::from_secs(60));
+        for _ in 0..6 {
+            retry.next_pause(&fault(Again::After(None)));
+        }
+        retry.progress(100);
+        assert!(retry.since.is_some());
+        retry.progress(64 << 10);
+        assert!(retry.since.is_none() && retry.pause == FIRST_PAUSE);
+    }
+
+    #[test]
+    fn retry_after_values() {
+        assert_eq!(retry_after(" 5 "), Some(Duration::from_secs(5)));
+        assert_eq!(retry_after("Fri, 31 Dec 1999 23:59:59 GMT"), Some(Duration::ZERO));
+        assert_eq!(retry_after("soon"), None);
+        assert_eq!(retry_after("-1"), None);
+    }
+}

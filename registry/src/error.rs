@@ -1,0 +1,236 @@
+//! What can go wrong between an image's home and us.
+//!
+//! Every text names the place (registry and repository, or the file), the thing (manifest, blob, upload) and, where there
+//! is something to do about it, what. Errors are `Clone` because one download may have several waiters.
+
+use std::fmt;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use peel_image::Digest;
+
+use crate::name::Reference;
+
+/// A repository in a registry, as errors print it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Place {
+    /// Host and port as the user wrote them.
+    pub registry: String,
+    /// Repository without tag.
+    pub repository: String,
+}
+
+impl Place {
+    pub(crate) fn of(reference: &Reference) -> Arc<Self> {
+        Arc::new(Self {
+            registry: reference.registry.clone(),
+            repository: reference.repository.clone(),
+        })
+    }
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "registry {}, repository {}", self.registry, self.repository)
+    }
+}
+
+/// Why bytes could not come or go. The text names registry, repository and what to do.
+#[derive(Debug, Clone, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The text is not the name of an image.
+    #[error("image name {name:?}: {reason}")]
+    Name {
+        /// The text, shortened.
+        name: String,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// The HTTP client could not be set up (certificate file, TLS).
+    #[error("HTTP client: {0}")]
+    Setup(String),
+    /// No connection, or one that broke, and trying again did not help.
+    #[error("{place}: {what}: {reason}{hint}")]
+    Network {
+        /// Where.
+        place: Arc<Place>,
+        /// What was wanted.
+        what: String,
+        /// What the network said.
+        reason: String,
+        /// What to do, beginning with "; ", or empty.
+        hint: String,
+    },
+    /// The registry answered with an error.
+    #[error("{place}: {what}: HTTP {status}{detail}{hint}")]
+    Status {
+        /// Where.
+        place: Arc<Place>,
+        /// What was wanted.
+        what: String,
+        /// HTTP status.
+        status: u16,
+        /// Code and message of the registry's JSON error, beginning with a blank, or empty.
+        detail: String,
+        /// What to do, beginning with "; ", or empty.
+        hint: String,
+    },
+    /// The registry's answer breaks the protocol.
+    #[error("{place}: {what}: {reason}")]
+    Protocol {
+        /// Where.
+        place: Arc<Place>,
+        /// What was wanted.
+        what: String,
+        /// What is wrong with the answer.
+        reason: String,
+    },
+    /// Credentials are configured but cannot be used.
+    #[error("credentials for {registry}: {reason}")]
+    Credentials {
+        /// Registry they are for.
+        registry: String,
+        /// Which file or helper, and what it said. Never a secret.
+        reason: String,
+    },
+    /// Bytes that are not what their digest says.
+    #[error("{place}: {what}: expected digest {expected}, got {actual}; the content was altered or damaged")]
+    DigestMismatch {
+        /// Registry and repository, or file.
+        place: String,
+        /// What was read.
+        what: String,
+        /// Digest by the descriptor.
+        expected: Digest,
+        /// Digest of the bytes.
+        actual: Digest,
+    },
+    /// Content that does not have the size that its descriptor says.
+    #[error("{place}: {what}: expected {expected} bytes, got {actual}")]
+    SizeMismatch {
+        /// Registry and repository, or file.
+        place: String,
+        /// What was read.
+        what: String,
+        /// Size by the descriptor in bytes.
+        expected: u64,
+        /// Size found in bytes.
+        actual: u64,
+    },
+    /// Content larger than its reader allows.
+    #[error("{place}: {what}: larger than the limit of {limit} bytes")]
+    TooLarge {
+        /// Registry and repository, or file.
+        place: String,
+        /// What was read.
+        what: String,
+        /// The limit in bytes.
+        limit: u64,
+    },
+    /// A range outside its blob.
+    #[error("blob {digest}: range {start}..{end} is outside its {size} bytes")]
+    Range {
+        /// The blob.
+        digest: Digest,
+        /// First byte wanted.
+        start: u64,
+        /// End of the range (exclusive).
+        end: u64,
+        /// Size of the blob.
+        size: u64,
+    },
+    /// A manifest, index or configuration that cannot be used.
+    #[error("{place}: {what}: {reason}")]
+    Manifest {
+        /// Registry and repository, or file.
+        place: String,
+        /// Which document.
+        what: String,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// The image has no manifest for the platform.
+    #[error("{place}: no image for platform {wanted}; there is: {available}")]
+    Platform {
+        /// Registry and repository, or file.
+        place: String,
+        /// The platform asked for.
+        wanted: String,
+        /// The platforms in the index, joined by commas.
+        available: String,
+    },
+    /// A layer whose bytes are kept outside the registry.
+    #[error(
+        "{place}: layer {digest} is foreign ({media_type}): its bytes lie outside the registry, which is not supported; \
+         push the image again with its non-distributable layers included"
+    )]
+    Foreign {
+        /// Registry and repository, or file.
+        place: String,
+        /// The layer.
+        digest: String,
+        /// Its media type.
+        media_type: String,
+    },
+    /// A local file could not be read or written.
+    #[error("{}: {what}: {error}", path.display())]
+    File {
+        /// The file or directory.
+        path: PathBuf,
+        /// What was tried.
+        what: &'static str,
+        /// What the system said.
+        error: Arc<std::io::Error>,
+    },
+    /// A layout or an archive is not what its name says.
+    #[error("{}: {reason}", path.display())]
+    Layout {
+        /// Directory or archive.
+        path: PathBuf,
+        /// What is wrong with it and what to do.
+        reason: String,
+    },
+    /// A place that cannot be written to.
+    #[error("{name}: cannot be written; push to a registry or to oci:DIR[:tag]")]
+    ReadOnly {
+        /// The image name.
+        name: String,
+    },
+}
+
+impl Error {
+    /// Whether trying the same again later may help: the network or the registry failed, not the request.
+    pub fn is_transient(&self) -> bool {
+        match self {
+            Self::Network { .. } => true,
+            Self::Status { status, .. } => matches!(status, 408 | 429 | 500 | 502 | 503 | 504),
+            _ => false,
+        }
+    }
+
+    /// Whether the thing asked for does not exist there.
+    pub fn is_not_found(&self) -> bool {
+        match self {
+            Self::Status { status, .. } => *status == 404,
+            Self::File { error, .. } => error.kind() == std::io::ErrorKind::NotFound,
+            _ => false,
+        }
+    }
+
+    pub(crate) fn file(path: impl Into<PathBuf>, what: &'static str) -> impl FnOnce(std::io::Error) -> Self {
+        let path = path.into();
+        move |error| Self::File {
+            path,
+            what,
+            error: Arc::new(error),
+        }
+    }
+
+    pub(crate) fn layout(path: impl Into<PathBuf>, reason: impl Into<String>) -> Self {
+        Self::Layout {
+            path: path.into(),
+            reason: reason.into(),
+        }
+    }
+}

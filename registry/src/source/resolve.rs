@@ -1,0 +1,295 @@
+//! From a name to the manifest of one platform.
+
+use bytes::Bytes;
+use oci_spec::image::{Descriptor, ImageConfiguration, ImageIndex, ImageManifest, Platform};
+use peel_image::{Digest, media};
+
+use super::{Source, platform};
+use crate::error::Error;
+
+/// Indexes within indexes. Nobody is known to nest more than one.
+const MAX_DEPTH: usize = 4;
+/// Largest image configuration in bytes; histories of long builds reach some hundred KiB.
+const MAX_CONFIG: u64 = 8 << 20;
+/// Layers of one image: Docker stops at 127; a hostile manifest of 4 MiB could name 20,000.
+const MAX_LAYERS: usize = 1000;
+
+/// One manifest of one platform, and where it came from.
+#[derive(Debug, Clone)]
+pub struct ResolvedImage {
+    /// Digest of the manifest (not of the index).
+    pub manifest_digest: Digest,
+    /// The manifest as it came, byte for byte.
+    pub manifest_bytes: Bytes,
+    /// The manifest, parsed.
+    pub manifest: ImageManifest,
+    /// Media type of the manifest (OCI or Docker).
+    pub media_type: String,
+    /// The index that the name itself names, byte for byte, if it is one.
+    pub index_bytes: Option<Bytes>,
+    /// The platform by the index; `None` if there is no index or it does not say.
+    pub platform: Option<Platform>,
+}
+
+/// The index that a name names: one manifest per platform.
+#[derive(Debug, Clone)]
+pub struct ResolvedIndex {
+    /// Digest of the index.
+    pub digest: Digest,
+    /// The index as it came, byte for byte.
+    pub bytes: Bytes,
+    /// The index, parsed.
+    pub index: ImageIndex,
+    /// Media type of the index (OCI or Docker).
+    pub media_type: String,
+}
+
+/// A manifest or an index.
+#[derive(Debug, Clone)]
+pub(crate) struct Document {
+    pub(crate) digest: Digest,
+    pub(crate) bytes: Bytes,
+    pub(crate) media_type: String,
+    pub(crate) content: Content,
+}
+
+#[derive(Debug, Clone)]
+pub(crate) enum Content {
+    Index(ImageIndex),
+    Manifest(ImageManifest),
+}
+
+impl Document {
+    /// Parses a document that came as `media_type`. Content that says another type of itself, or that is both a manifest and an
+    /// index, is refused: two readers would see two images (CVE-2021-41190).
+    pub(crate) fn parse(
+        place: &str,
+        name: &str,
+        media_type: Option<&str>,
+        bytes: Bytes,
+    ) -> Result<Self, Error> {
+        let fail = |reason: String| Error::Manifest {
+            place: place.to_owned(),
+            what: format!("manifest {name}"),
+            reason,
+        };
+        let json: serde_json::Value =
+            serde_json::from_slice(&bytes).map_err(|error| fail(format!("no JSON: {error}")))?;
+        let inside = json.get("mediaType").and_then(|value| value.as_str());
+        let known = |text: &&str| {
+            matches!(
+                *text,
+                media::OCI_INDEX | media::OCI_MANIFEST | media::DOCKER_INDEX | media::DOCKER_MANIFEST
+            )
+        };
+        let media_type = match (media_type.filter(known), inside) {
+            (Some(outside), Some(inside)) if outside != inside => {
+                return Err(fail(format!("it came as {outside} and calls itself {inside}")));
+            }
+            (Some(media_type), _) | (None, Some(media_type)) => media_type,
+            // OCI manifests need not name their type, and servers of plain files do not know it.
+            (None, None) if json.get("manifests").is_some() => media::OCI_INDEX,
+            (None, None) if json.get("layers").is_some() => media::OCI_MANIFEST,
+            (None, None) => media_type.unwrap_or("a document without a media type"),
+        }
+        .to_owned();
+        if json.get("manifests").is_some() && (json.get("layers").is_some() || json.get("config").is_some()) {
+            return Err(fail("it is both a manifest and an index".into()));
+        }
+        let content = if media::is_index(&media_type) {
+            serde_json::from_slice(&bytes).map(Content::Index)
+        } else if known(&media_type.as_str()) {
+            serde_json::from_slice(&bytes).map(Content::Manifest)
+        } else if json.get("schemaVersion").and_then(serde_json::Value::as_u64) == Some(1) {
+            return Err(fail(
+                "Docker schema 1, which has no digests of its layers; push the image again with a newer client".into(),
+            ));
+        } else {
+            return Err(fail(format!(
+                "{media_type:.200} is no image manifest and no index"
+            )));
+        };
+        let content = content.map_err(|error| fail(format!("{error}")))?;
+        if let Content::Manifest(manifest) = &content
+            && manifest.layers().len() > MAX_LAYERS
+        {
+            return Err(fail(format!(
+                "{} layers, more than {MAX_LAYERS}",
+                manifest.layers().len()
+            )));
+        }
+        Ok(Self {
+            digest: Digest::of(&bytes),
+            bytes,
+            media_type,
+            content,
+        })
+    }
+
+    fn image(&self, index_bytes: Option<Bytes>, platform: Option<Platform>) -> Option<ResolvedImage> {
+        let Content::Manifest(manifest) = &self.content else {
+            return None;
+        };
+        Some(ResolvedImage {
+            manifest_digest: self.digest,
+            manifest_bytes: self.bytes.clone(),
+            manifest: manifest.clone(),
+            media_type: self.media_type.clone(),
+            index_bytes,
+            platform,
+        })
+    }
+}
+
+impl Source {
+    /// Finds the manifest for `platform` (`os/architecture[/variant]`; `None` is this machine). One request per document: one for
+    /// an image, two for an index. What the name itself names is asked for once in the life of this source.
+    ///
+    /// An image that is not in an index is taken as it is; its configuration tells its platform.
+    pub async fn resolve(&self, platform: Option<&str>) -> Result<ResolvedImage, Error> {
+        let wanted = match platform {
+            None => platform::Wanted::host(),
+            Some(text) => platform::Wanted::parse(text).ok_or_else(|| Error::Platform {
+                place: self.inner.place().to_owned(),
+                wanted: format!("{text:?} (write os/architecture[/variant])"),
+                available: "not looked at".to_owned(),
+            })?,
+        };
+        let top = self.inner.top().await?;
+        if let Some(image) = top.image(None, None) {
+            return Ok(image);
+        }
+        let mut document = top.clone();
+        let mut found = None;
+        for _ in 0..MAX_DEPTH {
+            let Content::Index(index) = &document.content else {
+                break;
+            };
+            let manifests = index.manifests();
+            let child = wanted.choose(manifests).or_else(|| nameless(manifests));
+            let Some(child) = child.cloned() else {
+                let available: Vec<_> = manifests.iter().map(platform::show).collect();
+                return Err(Error::Platform {
+                    place: self.inner.place().to_owned(),
+                    wanted: platform.map_or_else(|| wanted.to_string(), str::to_owned),
+                    available: available.join(", "),
+                });
+            };
+            found = child.platform().clone().or(found);
+            document = self.inner.child(&child).await?;
+        }
+        let image = document.image(Some(top.bytes.clone()), found);
+        image.ok_or_else(|| {
+            let reason = format!("more than {MAX_DEPTH} indexes within each other");
+            self.inner.manifest_error(format!("index {}", top.digest), reason)
+        })
+    }
+
+    /// The index that the name names, `None` if it names an image. Shares its request with [`Source::resolve`].
+    pub async fn index(&self) -> Result<Option<ResolvedIndex>, Error> {
+        let top = self.inner.top().await?;
+        let Content::Index(index) = &top.content else {
+            return Ok(None);
+        };
+        Ok(Some(ResolvedIndex {
+            digest: top.digest,
+            bytes: top.bytes.clone(),
+            index: index.clone(),
+            media_type: top.media_type.clone(),
+        }))
+    }
+
+    /// The image that one entry of [`Source::index`] names.
+    pub async fn image(&self, descriptor: &Descriptor) -> Result<ResolvedImage, Error> {
+        let document = self.inner.child(descriptor).await?;
+        let image = document.image(None, descriptor.platform().clone());
+        image.ok_or_else(|| {
+            self.inner.manifest_error(
+                format!("manifest {}", document.digest),
+                "it is an index, not an image",
+            )
+        })
+    }
+
+    /// The configuration of an image, its digest checked: the bytes and what they say.
+    pub async fn config(&self, image: &ResolvedImage) -> Result<(Bytes, ImageConfiguration), Error> {
+        let descriptor = image.manifest.config();
+        let bytes = self.blob(descriptor)?.read_verified(MAX_CONFIG).await?;
+        let config = serde_json::from_slice(&bytes).map_err(|error| {
+            self.inner.manifest_error(
+                format!("configuration {}", descriptor.digest()),
+                error.to_string(),
+            )
+        })?;
+        Ok((bytes, config))
+    }
+}
+
+/// The only entry without a platform: some builders write an index around one image and leave the platform out.
+fn nameless(manifests: &[Descriptor]) -> Option<&Descriptor> {
+    match manifests {
+        [only] if only.platform().is_none() => Some(only),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(media_type: Option<&str>, json: &str) -> Result<Document, Error> {
+        Document::parse(
+            "here",
+            "latest",
+            media_type,
+            Bytes::copy_from_slice(json.as_bytes()),
+        )
+    }
+
+    #[test]
+    fn documents_by_their_type() {
+        let config = format!(r#"{{"mediaType":"c","digest":"{}","size":1}}"#, Digest::EMPTY);
+        let manifest = format!(r#"{{"schemaVersion":2,"config":{config},"layers":[]}}"#);
+        let index = r#"{"schemaVersion":2,"manifests":[]}"#;
+        for (media_type, json, is_index) in [
+            (Some(media::OCI_MANIFEST), manifest.as_str(), false),
+            (Some(media::DOCKER_MANIFEST), &manifest, false),
+            (None, &manifest, false),
+            (Some("application/octet-stream"), &manifest, false),
+            (Some(media::OCI_INDEX), index, true),
+            (Some(media::DOCKER_INDEX), index, true),
+            (None, index, true),
+        ] {
+            let document = parse(media_type, json).unwrap();
+            assert_eq!(
+                matches!(document.content, Content::Index(_)),
+                is_index,
+                "{media_type:?} {json}"
+            );
+            assert_eq!(document.digest, Digest::of(json.as_bytes()));
+        }
+    }
+
+    #[test]
+    fn odd_documents_are_refused() {
+        let inside = format!(
+            r#"{{"mediaType":"{}","manifests":[],"schemaVersion":2}}"#,
+            media::OCI_INDEX
+        );
+        for (media_type, json, reason) in [
+            (None, "", "no JSON"),
+            (None, "{}", "without a media type"),
+            (Some(media::OCI_MANIFEST), inside.as_str(), "calls itself"),
+            (None, r#"{"manifests":[],"layers":[]}"#, "both"),
+            (Some(media::OCI_MANIFEST), "{}", "missing field"),
+            (None, r#"{"schemaVersion":1,"fsLayers":[]}"#, "schema 1"),
+            (None, r#"{"mediaType":"text/plain"}"#, "no image manifest"),
+        ] {
+            let error = parse(media_type, json).expect_err(json).to_string();
+            assert!(
+                error.contains(reason) && error.contains("here"),
+                "{json}: {error}"
+            );
+        }
+    }
+}

@@ -1,0 +1,517 @@
+//! Uploads by the OCI distribution specification ("Pushing blobs", "Pushing manifests").
+//!
+//! What can be read again goes up in one PUT. If that breaks, the registry is asked how much it has and gets the rest by PATCH and PUT;
+//! one that has lost the upload gets all of it again. A stream goes up in pieces that are kept in memory until the registry has
+//! confirmed them, so that a broken connection costs at most a piece.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use bytes::{Bytes, BytesMut};
+use futures::{StreamExt, TryStreamExt};
+use peel_image::Digest;
+use reqwest::header::{
+    CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue, RANGE,
+};
+use reqwest::{Method, Response, StatusCode, Url};
+
+use super::{ByteSource, Upload};
+use crate::client::retry::{Fault, Retry};
+use crate::client::session::{Call, Session, To, is_redirect};
+use crate::error::Error;
+use crate::name::Reference;
+use crate::options::{ClientOptions, Counters};
+use crate::transfer::ByteStream;
+
+/// Actions of every request of a push: one token serves all of them.
+const ACTIONS: &str = "pull,push";
+/// Bytes of a piece of a stream: some round trips of a fast link, and little memory.
+const PIECE: usize = 8 << 20;
+/// Largest piece that a registry may demand with `OCI-Chunk-Min-Length`.
+const MAX_PIECE: usize = 64 << 20;
+/// Bytes per second at which a registry is trusted to finish an upload: it hashes the blob, and some copy it.
+const FINISH_RATE: u64 = 16 << 20;
+/// Bytes handed to the connection at once, so that progress is noticed.
+const SLICE: usize = 256 << 10;
+
+/// A repository to push to.
+#[derive(Debug)]
+pub(crate) struct Push {
+    session: Arc<Session>,
+    reference: Reference,
+    /// Uploads that a registry has opened instead of mounting a blob.
+    opened: Mutex<HashMap<Digest, Url>>,
+}
+
+/// An upload on its way.
+struct Uploading {
+    digest: Digest,
+    size: u64,
+    what: String,
+    location: Url,
+    /// Bytes that the registry has.
+    offset: u64,
+}
+
+impl Push {
+    pub(crate) fn new(reference: Reference, options: &ClientOptions) -> Self {
+        Self {
+            session: Arc::new(Session::new(&reference, options)),
+            reference,
+            opened: Mutex::default(),
+        }
+    }
+
+    pub(crate) fn counters(&self) -> &Arc<Counters> {
+        &self.session.counters
+    }
+
+    fn call<'a>(method: Method, to: To<'a>, what: &'a str) -> Call<'a> {
+        Call {
+            method,
+            to,
+            headers: HeaderMap::new(),
+            body: None,
+            what,
+            actions: ACTIONS,
+            from: None,
+        }
+    }
+
+    /// Whether the repository has the blob. A redirect is a yes: the registry knows where it is.
+    pub(crate) async fn has(&self, digest: &Digest, size: u64) -> Result<bool, Error> {
+        let what = format!("blob {digest}");
+        let path = self.session.path("blobs", &digest.to_string());
+        let call = Self::call(Method::HEAD, To::Path(&path), &what);
+        let mut retry = self.session.retry();
+        loop {
+            let fault = match self.session.attempt(&call).await {
+                Ok(response) if response.status() == StatusCode::OK => {
+                    let length = number(response.headers(), &CONTENT_LENGTH);
+                    return match length {
+                        Some(actual) if actual != size => Err(Error::SizeMismatch {
+                            place: self.session.place.to_string(),
+                            what,
+                            expected: size,
+                            actual,
+                        }),
+                        _ => Ok(true),
+                    };
+                }
+                Ok(response) if is_redirect(response.status()) => return Ok(true),
+                Ok(response) if response.status() == StatusCode::NOT_FOUND => return Ok(false),
+                Ok(response) => self.session.refused(&what, response).await,
+                Err(fault) => fault,
+            };
+            self.session.wait(&mut retry, fault).await?;
+        }
+    }
+
+    pub(crate) async fn mount(&self, digest: &Digest, from: &str) -> Result<bool, Error> {
+        let what = format!("mount of blob {digest} from {from}");
+        let path = format!(
+            "{}?mount={digest}&from={from}",
+            self.session.path("blobs", "uploads/")
+        );
+        let mut call = Self::call(Method::POST, To::Path(&path), &what);
+        call.headers.insert(CONTENT_LENGTH, HeaderValue::from_static("0"));
+        call.from = Some(from);
+        let response = self.session.expect(&call).await?;
+        if response.status() == StatusCode::CREATED {
+            return Ok(true);
+        }
+        let location = self.location(&what, &response)?;
+        self.opened
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .insert(*digest, location);
+        Ok(false)
+    }
+
+    pub(crate) async fn send(&self, digest: Digest, size: u64, upload: Upload) -> Result<(), Error> {
+        let opened = self
+            .opened
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .remove(&digest);
+        let what = format!("upload of blob {digest}");
+        let (location, least) = match opened {
+            Some(location) => (location, None),
+            None => self.open(&what).await?,
+        };
+        let uploading = Uploading {
+            digest,
+            size,
+            what,
+            location,
+            offset: 0,
+        };
+        match upload {
+            Upload::Stream(stream) => self.send_pieces(uploading, stream, least.unwrap_or(0)).await,
+            upload => self.send_again(uploading, &upload).await,
+        }
+    }
+
+    /// Opens an upload: where it goes, and the least size of a piece.
+    async fn open(&self, what: &str) -> Result<(Url, Option<u64>), Error> {
+        let path = self.session.path("blobs", "uploads/");
+        let mut call = Self::call(Method::POST, To::Path(&path), what);
+        call.headers.insert(CONTENT_LENGTH, HeaderValue::from_static("0"));
+        let response = self.session.expect(&call).await?;
+        let least = number(
+            response.headers(),
+            &HeaderName::from_static("oci-chunk-min-length"),
+        );
+        Ok((self.location(what, &response)?, least))
+    }
+
+    fn location(&self, what: &str, response: &Response) -> Result<Url, Error> {
+        self.session
+            .location(what, response)
+            .map(|url| self.session.secured(url))
+    }
+
+    /// Sends what can be read again.
+    async fn send_again(&self, mut uploading: Uploading, upload: &Upload) -> Result<(), Error> {
+        let mut retry = self.session.retry();
+        let mut known = 0;
+        loop {
+            let rest = uploading.size - uploading.offset;
+            let bytes = upload.read(uploading.offset, uploading.size).await?;
+            let bytes = bytes.ok_or_else(|| self.session.protocol(&uploading.what, "its bytes are gone"))?;
+            let (bytes, lost) = remember_error(bytes);
+            let result = if uploading.offset == 0 {
+                self.finish(&uploading, bytes, rest).await
+            } else {
+                match self.patch(&mut uploading, bytes, rest).await {
+                    Ok(()) => self.finish(&uploading, nothing(), 0).await,
+                    Err(fault) => Err(fault),
+                }
+            };
+            let Err(fault) = result else {
+                return Ok(());
+            };
+            if let Some(error) = lost.lock().unwrap_or_else(PoisonError::into_inner).take() {
+                return Err(error);
+            }
+            self.session.wait(&mut retry, fault).await?;
+            self.look(&mut uploading).await?;
+            if uploading.offset > known {
+                retry.progress(usize::try_from(uploading.offset - known).unwrap_or(usize::MAX));
+            }
+            known = uploading.offset;
+        }
+    }
+
+    /// Finds out how much of the upload the registry has, and opens another if it has none of it.
+    async fn look(&self, uploading: &mut Uploading) -> Result<(), Error> {
+        if let Some((offset, location)) = self.status(uploading).await?
+            && offset <= uploading.size
+        {
+            (uploading.offset, uploading.location) = (offset, location);
+            return Ok(());
+        }
+        (uploading.location, _) = self.open(&uploading.what).await?;
+        uploading.offset = 0;
+        Ok(())
+    }
+
+    /// How many bytes of an upload the registry has, and where it goes on; `None` if the upload is lost.
+    async fn status(&self, uploading: &Uploading) -> Result<Option<(u64, Url)>, Error> {
+        let call = Self::call(Method::GET, To::Url(&uploading.location), &uploading.what);
+        let mut retry = self.session.retry();
+        loop {
+            let fault = match self.session.attempt(&call).await {
+                Ok(response) if response.status().is_success() => {
+                    let location = match self.location(&uploading.what, &response) {
+                        Ok(location) => location,
+                        Err(_) => uploading.location.clone(),
+                    };
+                    return Ok(received(response.headers()).map(|offset| (offset, location)));
+                }
+                // Whatever the reason, this upload does not go on.
+                Ok(response) => {
+                    self.session.drain(response).await;
+                    return Ok(None);
+                }
+                Err(fault) => fault,
+            };
+            self.session.wait(&mut retry, fault).await?;
+        }
+    }
+
+    /// Sends a stream piece by piece.
+    async fn send_pieces(
+        &self,
+        mut uploading: Uploading,
+        mut stream: ByteSource,
+        least: u64,
+    ) -> Result<(), Error> {
+        let least = usize::try_from(least).unwrap_or(usize::MAX);
+        if least > MAX_PIECE {
+            let reason =
+                format!("the registry wants pieces of at least {least} bytes, more than {MAX_PIECE}");
+            return Err(self.session.protocol(&uploading.what, reason));
+        }
+        let mut next = BytesMut::new();
+        loop {
+            while next.len() < PIECE.max(least) {
+                match stream.try_next().await? {
+                    Some(part) => next.extend_from_slice(&part),
+                    None => break,
+                }
+            }
+            if next.is_empty() {
+                break;
+            }
+            self.send_piece(&mut uploading, next.split().freeze()).await?;
+        }
+        if uploading.offset != uploading.size {
+            return Err(Error::SizeMismatch {
+                place: self.session.place.to_string(),
+                what: uploading.what,
+                expected: uploading.size,
+                actual: uploading.offset,
+            });
+        }
+        let mut retry = self.session.retry();
+        loop {
+            let Err(fault) = self.finish(&uploading, nothing(), 0).await else {
+                return Ok(());
+            };
+            self.session.wait(&mut retry, fault).await?;
+            // The answer may have been lost behind a success, and then the upload is gone and the blob is there.
+            if self.has(&uploading.digest, uploading.size).await? {
+                return Ok(());
+            }
+        }
+    }
+
+    async fn send_piece(&self, uploading: &mut Uploading, piece: Bytes) -> Result<(), Error> {
+        let start = uploading.offset;
+        let end = start + piece.len() as u64;
+        let mut retry: Retry = self.session.retry();
+        loop {
+            let skip = usize::try_from(uploading.offset - start).unwrap_or(usize::MAX);
+            let rest = piece.slice(skip.min(piece.len())..);
+            if rest.is_empty() {
+                return Ok(());
+            }
+            let length = rest.len() as u64;
+            let bytes = ByteStream::memory(rest).into_stream().boxed();
+            let Err(fault) = self.patch(uploading, bytes, length).await else {
+                return Ok(());
+            };
+            self.session.wait(&mut retry, fault).await?;
+            match self.status(uploading).await? {
+                Some((offset, location)) if (start..=end).contains(&offset) => {
+                    (uploading.offset, uploading.location) = (offset, location);
+                }
+                _ => {
+                    let reason = "the registry has lost the upload after a broken connection; start it again";
+                    return Err(self.session.protocol(&uploading.what, reason));
+                }
+            }
+        }
+    }
+
+    /// Sends the next `length` bytes.
+    async fn patch(&self, uploading: &mut Uploading, bytes: ByteSource, length: u64) -> Result<(), Fault> {
+        if length == 0 {
+            return Ok(());
+        }
+        let location = uploading.location.clone();
+        let mut call = Self::call(Method::PATCH, To::Url(&location), &uploading.what);
+        let range = format!("{}-{}", uploading.offset, uploading.offset + length - 1);
+        if let Ok(range) = HeaderValue::from_str(&range) {
+            call.headers.insert(CONTENT_RANGE, range);
+        }
+        let response = self.transfer(call, &location, bytes, length, length).await?;
+        uploading.location = self.location(&uploading.what, &response).map_err(Fault::fatal)?;
+        uploading.offset += length;
+        self.session.drain(response).await;
+        Ok(())
+    }
+
+    /// Sends the last `length` bytes and closes the upload.
+    async fn finish(&self, uploading: &Uploading, bytes: ByteSource, length: u64) -> Result<(), Fault> {
+        let mut url = uploading.location.clone();
+        url.query_pairs_mut()
+            .append_pair("digest", &uploading.digest.to_string());
+        let call = Self::call(Method::PUT, To::Url(&url), &uploading.what);
+        let response = self.transfer(call, &url, bytes, length, uploading.size).await?;
+        self.session.drain(response).await;
+        Ok(())
+    }
+
+    /// Sends a body of `length` bytes; the registry may work on `size` bytes before it answers. An answer that is no success is a
+    /// fault.
+    async fn transfer(
+        &self,
+        mut call: Call<'_>,
+        url: &Url,
+        bytes: ByteSource,
+        length: u64,
+        size: u64,
+    ) -> Result<Response, Fault> {
+        call.headers.insert(CONTENT_LENGTH, HeaderValue::from(length));
+        let octets = HeaderValue::from_static("application/octet-stream");
+        call.headers.insert(CONTENT_TYPE, octets);
+        let patience = self.session.client.options.attempt_timeout;
+        let progress = Arc::new(Mutex::new(Progress {
+            last: Instant::now(),
+            left: length,
+        }));
+        let body = if length == 0 {
+            reqwest::Body::from(Bytes::new())
+        } else {
+            let (progress, counters) = (Arc::clone(&progress), Arc::clone(&self.session.counters));
+            let noted = bytes.map_ok(slices).try_flatten().inspect_ok(move |part| {
+                counters.add_sent(part.len());
+                let mut progress = progress.lock().unwrap_or_else(PoisonError::into_inner);
+                progress.last = Instant::now();
+                progress.left = progress.left.saturating_sub(part.len() as u64);
+            });
+            reqwest::Body::wrap_stream(noted)
+        };
+        let finishing = patience + Duration::from_secs(size / FINISH_RATE);
+        let stalled = Progress::stalled(&progress, patience, finishing);
+        let response = self.session.send_stream(&call, url, body, stalled).await?;
+        if response.status().is_success() {
+            Ok(response)
+        } else {
+            Err(self.session.refused(call.what, response).await)
+        }
+    }
+
+    pub(crate) async fn put_manifest(
+        &self,
+        bytes: Bytes,
+        media_type: &str,
+        tagged: bool,
+    ) -> Result<Digest, Error> {
+        let digest = Digest::of(&bytes);
+        let name = match &self.reference {
+            Reference {
+                digest: Some(pinned), ..
+            } if tagged && *pinned != digest => {
+                let what = format!("manifest {digest}");
+                return Err(self.session.mismatch(&what, *pinned, digest));
+            }
+            Reference { tag: Some(tag), .. } if tagged => tag.clone(),
+            _ => digest.to_string(),
+        };
+        let what = format!("upload of manifest {name}");
+        let path = self.session.path("manifests", &name);
+        let mut call = Self::call(Method::PUT, To::Path(&path), &what);
+        let value = HeaderValue::from_str(media_type);
+        let value = value.map_err(|_| {
+            self.session
+                .protocol(&what, format!("{media_type:?} is no media type"))
+        })?;
+        call.headers.insert(CONTENT_TYPE, value);
+        call.body = Some(bytes);
+        let response = self.session.expect(&call).await?;
+        let told = response
+            .headers()
+            .get("docker-content-digest")
+            .and_then(|value| value.to_str().ok());
+        if let Some(Ok(told)) = told.map(str::parse::<Digest>)
+            && told != digest
+        {
+            return Err(self.session.mismatch(&what, digest, told));
+        }
+        Ok(digest)
+    }
+}
+
+/// How a body goes.
+#[derive(Debug)]
+struct Progress {
+    last: Instant,
+    left: u64,
+}
+
+impl Progress {
+    /// Ends when the body has not moved for `patience`, or the answer has not come for `finishing` after its end.
+    async fn stalled(progress: &Mutex<Self>, patience: Duration, finishing: Duration) {
+        loop {
+            let deadline = {
+                let progress = progress.lock().unwrap_or_else(PoisonError::into_inner);
+                progress.last + if progress.left == 0 { finishing } else { patience }
+            };
+            if deadline <= Instant::now() {
+                return;
+            }
+            tokio::time::sleep_until(deadline.into()).await;
+        }
+    }
+}
+
+fn nothing() -> ByteSource {
+    futures::stream::empty().boxed()
+}
+
+/// Cuts `bytes` into pieces that show progress on a slow link.
+fn slices(bytes: Bytes) -> impl futures::Stream<Item = Result<Bytes, Error>> + Send {
+    futures::stream::unfold(bytes, |mut rest| async move {
+        if rest.is_empty() {
+            return None;
+        }
+        let part = rest.split_to(rest.len().min(SLICE));
+        Some((Ok(part), rest))
+    })
+}
+
+type Lost = Arc<Mutex<Option<Error>>>;
+
+/// Keeps the error that ends `bytes`: HTTP would only say that the body ended.
+fn remember_error(bytes: ByteSource) -> (ByteSource, Lost) {
+    let lost = Lost::default();
+    let place = Arc::clone(&lost);
+    let bytes = bytes.inspect_err(move |error| {
+        *place.lock().unwrap_or_else(PoisonError::into_inner) = Some(error.clone());
+    });
+    (bytes.boxed(), lost)
+}
+
+fn number(headers: &HeaderMap, name: &HeaderName) -> Option<u64> {
+    headers.get(name)?.to_str().ok()?.trim().parse().ok()
+}
+
+/// Bytes that the registry has, by `Range: 0-LAST` (OCI distribution specification, "Pushing a blob in chunks"). distribution writes
+/// `0-0` also for none, and no client sends a single byte.
+fn received(headers: &HeaderMap) -> Option<u64> {
+    let range = headers.get(RANGE)?.to_str().ok()?;
+    let range = range.trim().strip_prefix("bytes=").unwrap_or(range.trim());
+    let (first, last) = range.split_once('-')?;
+    match (first.trim(), last.trim().parse::<u64>().ok()?) {
+        ("0", 0) => Some(0),
+        ("0", last) => last.checked_add(1),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ranges_of_uploads() {
+        for (text, expected) in [
+            ("0-0", Some(0)),
+            ("0-9", Some(10)),
+            ("bytes=0-9", Some(10)),
+            ("5-9", None),
+            ("0-", None),
+            ("0-18446744073709551615", None),
+            ("", None),
+        ] {
+            let mut headers = HeaderMap::new();
+            headers.insert(RANGE, HeaderValue::from_static(text));
+            assert_eq!(received(&headers), expected, "{text}");
+        }
+        assert_eq!(received(&HeaderMap::new()), None);
+    }
+}

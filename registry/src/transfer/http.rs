@@ -1,0 +1,285 @@
+//! Ranges of blobs from a registry: one request, and as many more as connections break.
+//!
+//! What a registry may do wrong is told apart: a body that ends early or falls silent is fetched on from where it stopped; one
+//! that ignores the range is skipped through if that is short; one that claims another range, another size, or that does not
+//! end is an error.
+
+use std::ops::Range;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use peel_image::Digest;
+use reqwest::header::{CONTENT_ENCODING, CONTENT_RANGE, HeaderValue, RANGE};
+use reqwest::{Response, StatusCode};
+
+use crate::client::retry::{Fault, Retry};
+use crate::client::session::{Call, Session};
+use crate::error::Error;
+
+/// How far we read through a blob whose registry ignores ranges before the wanted bytes come: about what a request costs.
+const MAX_SKIP: u64 = 2 << 20;
+
+/// How long the end of a body is waited for after its last byte.
+const END_OF_BODY: Duration = Duration::from_millis(100);
+
+/// A blob of a repository.
+#[derive(Debug, Clone)]
+pub(crate) struct RemoteBlob {
+    pub(crate) session: Arc<Session>,
+    pub(crate) digest: Digest,
+    pub(crate) size: u64,
+}
+
+/// A range of a blob on its way.
+#[derive(Debug)]
+pub(crate) struct HttpStream {
+    blob: RemoteBlob,
+    what: String,
+    next: u64,
+    end: u64,
+    skip: u64,
+    response: Option<Response>,
+    retry: Retry,
+}
+
+impl RemoteBlob {
+    /// Asks for `range`, which must lie in the blob and not be empty, and waits for the first answer.
+    pub(crate) async fn stream(&self, range: Range<u64>) -> Result<HttpStream, Error> {
+        let mut stream = HttpStream {
+            blob: self.clone(),
+            what: format!("blob {}", self.digest),
+            next: range.start,
+            end: range.end,
+            skip: 0,
+            response: None,
+            retry: self.session.retry(),
+        };
+        stream.connect().await?;
+        Ok(stream)
+    }
+}
+
+impl HttpStream {
+    pub(crate) async fn next(&mut self) -> Result<Option<Bytes>, Error> {
+        loop {
+            if self.next >= self.end {
+                self.finish().await;
+                return Ok(None);
+            }
+            if self.response.is_none() {
+                self.connect().await?;
+            }
+            let Some(response) = &mut self.response else {
+                continue;
+            };
+            let session = &self.blob.session;
+            let fault = match session.part(&self.what, response).await {
+                Ok(Some(part)) => match self.accept(part)? {
+                    Some(part) => return Ok(Some(part)),
+                    None => continue,
+                },
+                Ok(None) => Fault::transient(Error::Network {
+                    place: Arc::clone(&session.place),
+                    what: self.what.clone(),
+                    reason: format!("the body ended at byte {} of {}", self.next, self.end),
+                    hint: String::new(),
+                }),
+                Err(fault) => fault,
+            };
+            self.response = None;
+            self.blob.session.wait(&mut self.retry, fault).await?;
+        }
+    }
+
+    /// Cuts what was not asked for off `part`; `None` if nothing is left.
+    fn accept(&mut self, mut part: Bytes) -> Result<Option<Bytes>, Error> {
+        let skipped = self.skip.min(part.len() as u64);
+        self.skip -= skipped;
+        // `skipped` is at most the length of `part`, so it fits.
+        let part = part.split_off(usize::try_from(skipped).unwrap_or(usize::MAX).min(part.len()));
+        if part.is_empty() {
+            return Ok(None);
+        }
+        self.retry.progress(part.len());
+        let left = self.end - self.next;
+        let length = part.len() as u64;
+        if length <= left {
+            self.next += length;
+            return Ok(Some(part));
+        }
+        let whole = self
+            .response
+            .as_ref()
+            .is_some_and(|r| r.status() == StatusCode::OK);
+        if whole && self.end < self.blob.size {
+            self.response = None;
+            self.next = self.end;
+            return Ok(Some(part.slice(..usize::try_from(left).unwrap_or(part.len()))));
+        }
+        Err(self.protocol("the body is longer than the range that was asked for"))
+    }
+
+    /// Reads the end of the body, which makes the connection free for the next request.
+    async fn finish(&mut self) {
+        let Some(mut response) = self.response.take() else {
+            return;
+        };
+        if response.status() == StatusCode::OK && self.end < self.blob.size {
+            return;
+        }
+        // The end is nearly always here already; without it the connection is closed, which only costs a new one.
+        let end = self.blob.session.part(&self.what, &mut response);
+        if !matches!(tokio::time::timeout(END_OF_BODY, end).await, Ok(Ok(None))) {
+            tracing::debug!(what = %self.what, "the body goes on behind its last byte; connection not kept");
+        }
+    }
+
+    async fn connect(&mut self) -> Result<(), Error> {
+        loop {
+            let fault = match self.connect_once().await {
+                Ok(()) => return Ok(()),
+                Err(fault) => fault,
+            };
+            self.blob.session.wait(&mut self.retry, fault).await?;
+        }
+    }
+
+    async fn connect_once(&mut self) -> Result<(), Fault> {
+        let session = Arc::clone(&self.blob.session);
+        let path = session.path("blobs", &self.blob.digest.to_string());
+        let mut call = Call::get(&path, &self.what);
+        let whole = self.next == 0 && self.end == self.blob.size;
+        if !whole {
+            let range = format!("bytes={}-{}", self.next, self.end - 1);
+            let range = HeaderValue::from_str(&range)
+                .map_err(|error| Fault::fatal(session.protocol(&self.what, error.to_string())))?;
+            call.headers.insert(RANGE, range);
+        }
+        let mut start = session.redirects.get(&self.blob.digest);
+        loop {
+            let cached = start.is_some();
+            let (response, target) = session.follow(&call, start.take()).await?;
+            match response.status().as_u16() {
+                200 | 206 => {
+                    if let Some(url) = target.filter(|_| !cached) {
+                        session.redirects.keep(self.blob.digest, url);
+                    }
+                    self.skip = self.offset(&response).map_err(Fault::fatal)?;
+                    self.response = Some(response);
+                    return Ok(());
+                }
+                // A storage URL that has ended is refused in many ways: 403 (S3, Azure), 400 (GCS), 401, 404, 410.
+                400..=499 if cached => {
+                    session.redirects.forget(&self.blob.digest);
+                    session.drain(response).await;
+                }
+                416 => {
+                    let reason = format!("the registry has no bytes {}..{} of it", self.next, self.end);
+                    return Err(Fault::fatal(session.protocol(&self.what, reason)));
+                }
+                _ => {
+                    return Err(session.refused(&self.what, response).await);
+                }
+            }
+        }
+    }
+
+    /// Checks what the answer says of its body, and gives the number of bytes before the first wanted one.
+    fn offset(&self, response: &Response) -> Result<u64, Error> {
+        let text = |name| response.headers().get(name).and_then(|value| value.to_str().ok());
+        if let Some(encoding) = text(CONTENT_ENCODING)
+            && !encoding.eq_ignore_ascii_case("identity")
+        {
+            return Err(self.protocol(&format!(
+                "the body is encoded as {encoding:?}, which was not asked for"
+            )));
+        }
+        if response.status() == StatusCode::OK {
+            if let Some(length) = response.content_length()
+                && length != self.blob.size
+            {
+                return Err(self.size_mismatch(length));
+            }
+            if self.next > MAX_SKIP {
+                return Err(self.protocol(
+                    "the registry ignores range requests, so the image cannot be read lazily from it; a proxy may be in the way",
+                ));
+            }
+            return Ok(self.next);
+        }
+        let range = text(CONTENT_RANGE).and_then(parse_content_range);
+        let Some((first, last, total)) = range else {
+            return Err(self.protocol("206 without a Content-Range that can be read"));
+        };
+        if let Some(total) = total
+            && total != self.blob.size
+        {
+            return Err(self.size_mismatch(total));
+        }
+        if first != self.next || last < first || last >= self.end {
+            return Err(self.protocol(&format!(
+                "asked for bytes {}-{}, got bytes {first}-{last}",
+                self.next,
+                self.end - 1
+            )));
+        }
+        Ok(0)
+    }
+
+    fn protocol(&self, reason: &str) -> Error {
+        self.blob.session.protocol(&self.what, reason)
+    }
+
+    fn size_mismatch(&self, actual: u64) -> Error {
+        Error::SizeMismatch {
+            place: self.blob.session.place.to_string(),
+            what: self.what.clone(),
+            expected: self.blob.size,
+            actual,
+        }
+    }
+}
+
+/// `bytes FIRST-LAST/TOTAL` with `*` for an unknown total (RFC 9110, section 14.4).
+fn parse_content_range(value: &str) -> Option<(u64, u64, Option<u64>)> {
+    let (range, total) = value.trim().strip_prefix("bytes ")?.split_once('/')?;
+    let (first, last) = range.trim().split_once('-')?;
+    let total = match total.trim() {
+        "*" => None,
+        total => Some(total.parse().ok()?),
+    };
+    Some((first.trim().parse().ok()?, last.trim().parse().ok()?, total))
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn content_ranges() {
+        for (text, expected) in [
+            ("bytes 0-9/10", Some((0, 9, Some(10)))),
+            ("bytes 5-9/*", Some((5, 9, None))),
+            ("bytes 9-5/10", Some((9, 5, Some(10)))),
+            ("bytes */10", None),
+            ("bytes 0-/10", None),
+            ("bytes 0-9", None),
+            ("items 0-9/10", None),
+            ("bytes 0-99999999999999999999/1", None),
+        ] {
+            assert_eq!(parse_content_range(text), expected, "{text}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn content_range_round_trips(first: u64, last: u64, total: Option<u64>) {
+            let end = total.map_or("*".to_owned(), |total| total.to_string());
+            let text = format!("bytes {first}-{last}/{end}");
+            prop_assert_eq!(parse_content_range(&text), Some((first, last, total)));
+        }
+    }
+}
