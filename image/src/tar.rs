@@ -1,4 +1,4 @@
-//! Tar streams: [`Reader`] takes one apart, [`write`] makes one, [`index`] turns a plain layer into a
+//! Tar streams: [`Reader`] takes one apart, [`mod@write`] makes one, [`index`] turns a plain layer into a
 //! [`LayerIndex`](crate::layer::LayerIndex).
 //!
 //! Called by the eStargz writer, by the conversion of layers that cannot be lazy, and by tests. Understood are the
