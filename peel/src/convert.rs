@@ -212,7 +212,9 @@ impl Conversion<'_> {
             chunk_size: self.settings.chunk_size,
             level: self.settings.level,
             prioritized: first.iter().map(|file| file.path.as_bytes().to_vec()).collect(),
-            ..Options::default()
+            // Many builders leave parent directories out of upper layers; their files must come first all the same.
+            orphans: estargz::order::Orphans::Move,
+            threads: 0,
         };
         let stream = layers::reader(blob, &Handle::current()).await?;
         let progress = Arc::clone(&self.progress);
