@@ -50,10 +50,10 @@ enum Home {
         digest: Option<Digest>,
     },
     Layout {
-        layout: Layout,
+        layout: Box<Layout>,
         tag: Option<String>,
     },
-    DockerArchive(DockerArchive),
+    DockerArchive(Box<DockerArchive>),
 }
 
 impl Source {
@@ -73,17 +73,17 @@ impl Source {
             ImageName::Layout { dir, tag } => {
                 let place = dir.display().to_string();
                 let layout = blocking(move || Layout::open_dir(&dir)).await?;
-                (Home::Layout { layout, tag }, place, Arc::default())
+                (layout_home(layout, tag), place, Arc::default())
             }
             ImageName::OciArchive { file, tag } => {
                 let place = file.display().to_string();
                 let layout = blocking(move || Layout::open_archive(&file)).await?;
-                (Home::Layout { layout, tag }, place, Arc::default())
+                (layout_home(layout, tag), place, Arc::default())
             }
             ImageName::DockerArchive { file, tag } => {
                 let place = file.display().to_string();
                 let archive = blocking(move || DockerArchive::open(&file, tag.as_deref())).await?;
-                (Home::DockerArchive(archive), place, Arc::default())
+                (Home::DockerArchive(Box::new(archive)), place, Arc::default())
             }
         };
         let inner = Inner {
@@ -115,6 +115,13 @@ impl Source {
         if let Home::Registry { session, .. } = &self.inner.home {
             session.warm(connections).await;
         }
+    }
+}
+
+fn layout_home(layout: Layout, tag: Option<String>) -> Home {
+    Home::Layout {
+        layout: Box::new(layout),
+        tag,
     }
 }
 
@@ -179,7 +186,7 @@ impl Inner {
                 let media_type = descriptor.media_type().to_string();
                 Document::parse(
                     &self.place,
-                    &descriptor.digest().to_string(),
+                    descriptor.digest().as_ref(),
                     Some(&media_type),
                     bytes,
                 )

@@ -189,6 +189,6 @@ fn document(path: &Path, config: Descriptor, layers: Vec<Descriptor>) -> Result<
         digest: Digest::of(&bytes),
         bytes: bytes.into(),
         media_type: media::DOCKER_MANIFEST.to_owned(),
-        content: Content::Manifest(manifest),
+        content: Content::Manifest(Box::new(manifest)),
     })
 }

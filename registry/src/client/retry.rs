@@ -14,13 +14,16 @@ const FIRST_PAUSE: Duration = Duration::from_millis(50);
 const LONGEST_PAUSE: Duration = Duration::from_secs(2);
 /// Time for a host that never answered: enough for a registry that is just starting.
 const FIRST_CONTACT: Duration = Duration::from_secs(2);
+/// Time for a server that answers 500: one that does so longer will not stop because we wait.
+const BRIEF: Duration = Duration::from_secs(5);
 /// Bytes that count as progress. Fewer per attempt would let a registry keep a reader for ever.
 const PROGRESS: u64 = 16 << 10;
 
 /// A failed attempt.
 #[derive(Debug)]
 pub(crate) struct Fault {
-    pub(crate) error: Error,
+    /// Boxed to keep results small.
+    pub(crate) error: Box<Error>,
     pub(crate) again: Again,
 }
 
@@ -33,19 +36,21 @@ pub(crate) enum Again {
     After(Option<Duration>),
     /// The host was not reached and never has been.
     FirstContact,
+    /// The server failed in itself (500). Some do so once, others for ever.
+    Brief,
 }
 
 impl Fault {
     pub(crate) fn fatal(error: Error) -> Self {
         Self {
-            error,
+            error: Box::new(error),
             again: Again::Never,
         }
     }
 
     pub(crate) fn transient(error: Error) -> Self {
         Self {
-            error,
+            error: Box::new(error),
             again: Again::After(None),
         }
     }
@@ -86,7 +91,7 @@ impl Retry {
                 tokio::time::sleep(pause).await;
                 Ok(())
             }
-            None => Err(fault.error),
+            None => Err(*fault.error),
         }
     }
 
@@ -95,6 +100,7 @@ impl Retry {
             Again::Never => return None,
             Again::After(wanted) => (self.limit, wanted),
             Again::FirstContact => (self.limit.min(FIRST_CONTACT), None),
+            Again::Brief => (self.limit.min(BRIEF), None),
         };
         self.progress = 0;
         let left = limit.checked_sub(self.since.get_or_insert_with(Instant::now).elapsed())?;
@@ -131,7 +137,7 @@ mod tests {
 
     fn fault(again: Again) -> Fault {
         Fault {
-            error: Error::Setup("test".into()),
+            error: Box::new(Error::Setup("test".into())),
             again,
         }
     }

@@ -4,30 +4,29 @@
 //! reason. A redirect from https to http is refused. Response bodies that nobody needs are read to their end, because only
 //! then is the connection used again.
 
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Instant;
+mod answer;
+mod login;
 
-use bytes::{Bytes, BytesMut};
+use std::sync::{Arc, Mutex};
+
+use bytes::Bytes;
 use peel_image::Digest;
-use reqwest::header::{AUTHORIZATION, HeaderMap, HeaderValue, LOCATION, RETRY_AFTER, WWW_AUTHENTICATE};
+use reqwest::header::{AUTHORIZATION, HeaderMap, HeaderValue, LOCATION};
 use reqwest::{Method, Response, StatusCode, Url};
 
-use super::retry::{Again, Fault, Retry, retry_after};
-use super::{Client, Host, Scheme, explain, tls_error};
+use super::retry::{Again, Fault, Retry};
+use super::{Client, Host, Scheme, tls_error};
 use crate::auth::Challenge;
-use crate::auth::credentials::Credential;
-use crate::auth::token::{Token, TokenKey, TokenRequest, basic};
 use crate::error::{Error, Place};
 use crate::name::Reference;
 use crate::options::{ClientOptions, Counters};
 use crate::transfer::redirect::Redirects;
+use answer::is_plain_peer;
 
 /// Hops from the registry to a blob's storage. Two are seen in practice.
 const MAX_REDIRECTS: usize = 5;
 /// Largest error body and token answer, in bytes.
 const MAX_SMALL_BODY: u64 = 256 << 10;
-/// Scopes learnt from challenges beside our own; more than one is already unusual.
-const MAX_LEARNT: usize = 8;
 
 /// One repository of one registry, and everything shared behind it.
 #[derive(Debug)]
@@ -291,19 +290,25 @@ impl Session {
     }
 
     /// `url` with the registry's scheme, if it differs in nothing but that: registries behind a TLS proxy that does not tell them so
-    /// write http into their answers.
-    pub(crate) fn secured(&self, mut url: Url) -> Url {
-        if self.host.scheme() == Scheme::Https
-            && url.scheme() == "http"
-            && let Ok(home) = self.host.url(true, "/")
+    /// write http into their answers. Any other step down from https is an error: an image may be secret.
+    pub(crate) fn secured(&self, what: &str, mut url: Url) -> Result<Url, Error> {
+        if self.host.scheme() != Scheme::Https || url.scheme() != "http" {
+            return Ok(url);
+        }
+        if let Ok(home) = self.host.url(true, "/")
             && home.host_str() == url.host_str()
             && (url.port().is_none() || url.port() == home.port())
             && url.set_scheme("https").is_ok()
+            // The default port of http has become that of https, or the registry's own.
+            && url.set_port(home.port()).is_ok()
         {
-            // A port that was the default of http is now the default of https, or the registry's own.
-            let _ = url.set_port(home.port());
+            return Ok(url);
         }
-        url
+        let host = url.host_str().unwrap_or_default();
+        Err(self.protocol(
+            what,
+            format!("an upload by plain http to {host} is refused: the registry speaks https"),
+        ))
     }
 
     async fn send(
@@ -375,248 +380,10 @@ impl Session {
         let again = self.learn(response.headers()).is_some();
         let fault = self.denied(call, response).await;
         Err(if again {
-            Fault::transient(fault.error)
+            Fault::transient(*fault.error)
         } else {
             fault
         })
-    }
-
-    /// The value of `Authorization` by what the registry has asked for so far.
-    async fn authorization(&self, call: &Call<'_>) -> Result<Option<HeaderValue>, Fault> {
-        let Some(challenge) = self.host.challenge() else {
-            return Ok(None);
-        };
-        let Place { registry, repository } = &*self.place;
-        let credential = self.client.credential(registry, repository).await;
-        let credential = credential.map_err(Fault::fatal)?;
-        let (realm, service) = match challenge {
-            Challenge::Basic => return Ok(credential.as_ref().and_then(basic)),
-            Challenge::Bearer { realm, service, .. } => (realm, service),
-        };
-        let mut scopes = self.learnt.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        scopes.push(format!("repository:{repository}:{}", call.actions));
-        scopes.extend(call.from.map(|from| format!("repository:{from}:pull")));
-        scopes.sort();
-        scopes.dedup();
-        let key = TokenKey {
-            realm,
-            service,
-            scopes,
-            owner: format!("{registry}/{repository}"),
-        };
-        let cell = self.client.tokens.cell(&key);
-        let token = cell
-            .get_or_try_init(|| self.buy_token(&key, credential.as_ref()))
-            .await?;
-        Ok(Some(token.header.clone()))
-    }
-
-    async fn buy_token(&self, key: &TokenKey, credential: Option<&Credential>) -> Result<Token, Fault> {
-        let fatal = |reason: String| Fault::fatal(self.protocol("login", reason));
-        for post in [false, true] {
-            let asked = Instant::now();
-            let request = TokenRequest::new(key, credential, post).map_err(fatal)?;
-            let server = request.url.host_str().unwrap_or_default().to_owned();
-            if self.host.scheme() == Scheme::Https
-                && request.url.scheme() != "https"
-                && !super::is_loopback(&server)
-            {
-                return Err(fatal(format!(
-                    "the token server {server} is not reached by https: refused"
-                )));
-            }
-            let what = format!("token from {server}");
-            let http = self.client.http(&request.url).map_err(Fault::fatal)?;
-            let response = self.send_request(request.build(http), &what).await?;
-            match response.status() {
-                StatusCode::OK => {
-                    let body = self.body(&what, response, MAX_SMALL_BODY).await?;
-                    return Token::parse(&body, asked).map_err(fatal);
-                }
-                StatusCode::NOT_FOUND | StatusCode::METHOD_NOT_ALLOWED if !post && credential.is_some() => {
-                    self.drain(response).await;
-                }
-                _ => {
-                    let fault = self.refused(&what, response).await;
-                    self.client
-                        .forget_credential(&self.place.registry, &self.place.repository);
-                    return Err(fault);
-                }
-            }
-        }
-        Err(fatal("the token server takes neither GET nor POST".into()))
-    }
-
-    /// Remembers what a 401 asks for; `None` if it asks for nothing that we have.
-    fn learn(&self, headers: &HeaderMap) -> Option<()> {
-        let values = headers.get_all(WWW_AUTHENTICATE).iter();
-        let challenge = Challenge::best(values.filter_map(|value| value.to_str().ok()))?;
-        if let Challenge::Bearer {
-            scope: Some(scope), ..
-        } = &challenge
-        {
-            let own = format!("repository:{}:", self.place.repository);
-            let mut learnt = self.learnt.lock().unwrap_or_else(PoisonError::into_inner);
-            for scope in scope.split_ascii_whitespace() {
-                // Our own repository is in every request for a token, with the actions that the call needs.
-                if !scope.starts_with(&own)
-                    && !learnt.iter().any(|known| known == scope)
-                    && learnt.len() < MAX_LEARNT
-                {
-                    learnt.push(scope.to_owned());
-                }
-            }
-        }
-        self.host.set_challenge(challenge);
-        Some(())
-    }
-
-    /// Lets every answer through but those that ask to try again later.
-    async fn usable(&self, call: &Call<'_>, response: Response) -> Result<Response, Fault> {
-        match response.status().as_u16() {
-            408 | 429 | 500 | 502 | 503 | 504 => Err(self.refused(call.what, response).await),
-            _ => Ok(response),
-        }
-    }
-
-    /// A final 401. The credentials are read again next time: the user may log in meanwhile.
-    async fn denied(&self, call: &Call<'_>, response: Response) -> Fault {
-        let fault = self.refused(call.what, response).await;
-        self.client
-            .forget_credential(&self.place.registry, &self.place.repository);
-        fault
-    }
-
-    /// The fault for an answer that is no success.
-    pub(crate) async fn refused(&self, what: &str, response: Response) -> Fault {
-        let status = response.status();
-        let wait = response
-            .headers()
-            .get(RETRY_AFTER)
-            .and_then(|value| value.to_str().ok());
-        let wait = wait.and_then(retry_after);
-        let body = self
-            .body(what, response, MAX_SMALL_BODY)
-            .await
-            .unwrap_or_default();
-        let registry = &self.place.registry;
-        let hint = match status.as_u16() {
-            401 | 403 => format!(
-                "; it needs other credentials or does not exist: log in with `podman login {registry}` or `docker login \
-                 {registry}`"
-            ),
-            404 => "; check registry, repository and tag".to_owned(),
-            429 => match wait {
-                Some(wait) => format!(
-                    "; the registry wants {} s of pause: log in or wait",
-                    wait.as_secs()
-                ),
-                None => "; too many requests: log in or wait".to_owned(),
-            },
-            400 if String::from_utf8_lossy(&body)
-                .to_ascii_lowercase()
-                .contains("https") =>
-            {
-                "; the port speaks https: leave --plain-http out".to_owned()
-            }
-            _ => String::new(),
-        };
-        let error = Error::Status {
-            place: Arc::clone(&self.place),
-            what: what.to_owned(),
-            status: status.as_u16(),
-            detail: detail(status, &body),
-            hint,
-        };
-        let again = match status.as_u16() {
-            408 | 429 | 500 | 502 | 503 | 504 => Again::After(wait),
-            _ => Again::Never,
-        };
-        Fault { error, again }
-    }
-
-    /// Reads a body of at most `limit` bytes.
-    pub(crate) async fn body(&self, what: &str, mut response: Response, limit: u64) -> Result<Bytes, Fault> {
-        let too_large = || {
-            Fault::fatal(Error::TooLarge {
-                place: self.place.to_string(),
-                what: what.to_owned(),
-                limit,
-            })
-        };
-        if response.content_length().is_some_and(|length| length > limit) {
-            return Err(too_large());
-        }
-        let mut body = BytesMut::new();
-        while let Some(part) = self.part(what, &mut response).await? {
-            if (body.len() + part.len()) as u64 > limit {
-                return Err(too_large());
-            }
-            body.extend_from_slice(&part);
-        }
-        Ok(body.freeze())
-    }
-
-    /// The next bytes of a body.
-    pub(crate) async fn part(&self, what: &str, response: &mut Response) -> Result<Option<Bytes>, Fault> {
-        match tokio::time::timeout(self.client.options.attempt_timeout, response.chunk()).await {
-            Ok(Ok(part)) => {
-                self.counters.add_bytes(part.as_ref().map_or(0, Bytes::len));
-                Ok(part)
-            }
-            Ok(Err(error)) => Err(self.broken(what, error)),
-            Err(_) => Err(self.silent(what)),
-        }
-    }
-
-    /// Reads and drops a small body so that its connection can be used again.
-    pub(crate) async fn drain(&self, response: Response) {
-        if let Err(fault) = self.body("rest of an answer", response, MAX_SMALL_BODY).await {
-            tracing::debug!(error = %fault.error, "connection not kept");
-        }
-    }
-
-    fn silent(&self, what: &str) -> Fault {
-        let reason = format!(
-            "no answer for {} s",
-            self.client.options.attempt_timeout.as_secs_f32()
-        );
-        Fault::transient(self.network(what, reason, String::new()))
-    }
-
-    fn network(&self, what: &str, reason: String, hint: String) -> Error {
-        Error::Network {
-            place: Arc::clone(&self.place),
-            what: what.to_owned(),
-            reason,
-            hint,
-        }
-    }
-
-    fn broken(&self, what: &str, error: reqwest::Error) -> Fault {
-        let connect = error.is_connect();
-        // URLs of redirect targets carry signatures.
-        let error = error.without_url();
-        let reason = explain(&error);
-        let (hint, again) = match tls_error(&error) {
-            Some(tls) if is_plain_peer(tls) => (
-                "; the port does not speak TLS: if it is meant to be plain http, use --plain-http",
-                Again::Never,
-            ),
-            Some(rustls::Error::InvalidCertificate(_)) => (
-                "; if the registry has a certificate of its own authority, name the authority's file with --tls-ca",
-                Again::Never,
-            ),
-            _ if connect && !self.host.answered() => (
-                "; check the registry's name and port, and that it is running",
-                Again::FirstContact,
-            ),
-            _ => ("", Again::After(None)),
-        };
-        Fault {
-            error: self.network(what, reason, hint.to_owned()),
-            again,
-        }
     }
 
     /// Opens up to `connections` connections and logs in, so that requests which come together find them open.
@@ -647,59 +414,4 @@ impl Session {
 
 pub(crate) fn is_redirect(status: StatusCode) -> bool {
     matches!(status.as_u16(), 301 | 302 | 303 | 307 | 308)
-}
-
-/// Whether a TLS handshake failed because the other side speaks no TLS at all.
-fn is_plain_peer(error: &rustls::Error) -> bool {
-    matches!(
-        error,
-        rustls::Error::InvalidMessage(rustls::InvalidMessage::InvalidContentType)
-    )
-}
-
-/// The registry's own words: `{"errors":[{"code":..,"message":..}]}` (OCI distribution specification, "Error Codes").
-fn detail(status: StatusCode, body: &[u8]) -> String {
-    let reason = status
-        .canonical_reason()
-        .map(|reason| format!(" {reason}"))
-        .unwrap_or_default();
-    let json: serde_json::Value = serde_json::from_slice(body).unwrap_or_default();
-    let first = json.get("errors").and_then(|errors| errors.get(0));
-    let text = |key: &str| {
-        first
-            .and_then(|error| error.get(key))
-            .and_then(|value| value.as_str())
-    };
-    let clean = |text: &str| {
-        text.chars()
-            .filter(|c| !c.is_control())
-            .take(300)
-            .collect::<String>()
-    };
-    match (text("code"), text("message")) {
-        (Some(code), Some(message)) => format!("{reason} ({}: {})", clean(code), clean(message)),
-        (Some(text), None) | (None, Some(text)) => format!("{reason} ({})", clean(text)),
-        (None, None) => reason,
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_registrys_own_words() {
-        for (body, expected) in [
-            ("", " Not Found"),
-            ("<html>", " Not Found"),
-            (
-                r#"{"errors":[{"code":"NAME_UNKNOWN","message":"no\nsuch"}]}"#,
-                " Not Found (NAME_UNKNOWN: nosuch)",
-            ),
-            (r#"{"errors":[{"code":"DENIED"}]}"#, " Not Found (DENIED)"),
-            (r#"{"errors":[]}"#, " Not Found"),
-        ] {
-            assert_eq!(detail(StatusCode::NOT_FOUND, body.as_bytes()), expected);
-        }
-    }
 }

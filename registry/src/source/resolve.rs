@@ -55,8 +55,8 @@ pub(crate) struct Document {
 
 #[derive(Debug, Clone)]
 pub(crate) enum Content {
-    Index(ImageIndex),
-    Manifest(ImageManifest),
+    Index(Box<ImageIndex>),
+    Manifest(Box<ImageManifest>),
 }
 
 impl Document {
@@ -97,9 +97,9 @@ impl Document {
             return Err(fail("it is both a manifest and an index".into()));
         }
         let content = if media::is_index(&media_type) {
-            serde_json::from_slice(&bytes).map(Content::Index)
+            serde_json::from_slice(&bytes).map(|index| Content::Index(Box::new(index)))
         } else if known(&media_type.as_str()) {
-            serde_json::from_slice(&bytes).map(Content::Manifest)
+            serde_json::from_slice(&bytes).map(|manifest| Content::Manifest(Box::new(manifest)))
         } else if json.get("schemaVersion").and_then(serde_json::Value::as_u64) == Some(1) {
             return Err(fail(
                 "Docker schema 1, which has no digests of its layers; push the image again with a newer client".into(),
@@ -133,7 +133,7 @@ impl Document {
         Some(ResolvedImage {
             manifest_digest: self.digest,
             manifest_bytes: self.bytes.clone(),
-            manifest: manifest.clone(),
+            manifest: ImageManifest::clone(manifest),
             media_type: self.media_type.clone(),
             index_bytes,
             platform,
@@ -194,7 +194,7 @@ impl Source {
         Ok(Some(ResolvedIndex {
             digest: top.digest,
             bytes: top.bytes.clone(),
-            index: index.clone(),
+            index: ImageIndex::clone(index),
             media_type: top.media_type.clone(),
         }))
     }

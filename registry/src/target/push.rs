@@ -167,9 +167,8 @@ impl Push {
     }
 
     fn location(&self, what: &str, response: &Response) -> Result<Url, Error> {
-        self.session
-            .location(what, response)
-            .map(|url| self.session.secured(url))
+        let url = self.session.location(what, response)?;
+        self.session.secured(what, url)
     }
 
     /// Sends what can be read again.

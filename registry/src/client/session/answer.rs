@@ -1,0 +1,221 @@
+//! What answers mean: errors in the registry's own words with advice, bodies within limits, failures of the network. Part of [`Session`].
+
+use std::sync::Arc;
+
+use bytes::{Bytes, BytesMut};
+use reqwest::header::RETRY_AFTER;
+use reqwest::{Response, StatusCode};
+
+use super::{Call, MAX_SMALL_BODY, Session};
+use crate::client::retry::{Again, Fault, retry_after};
+use crate::client::{explain, tls_error};
+use crate::error::Error;
+
+impl Session {
+    /// Lets every answer through but those that ask to try again later.
+    pub(super) async fn usable(&self, call: &Call<'_>, response: Response) -> Result<Response, Fault> {
+        match response.status().as_u16() {
+            408 | 429 | 500 | 502 | 503 | 504 => Err(self.refused(call.what, response).await),
+            _ => Ok(response),
+        }
+    }
+
+    /// A final 401. The credentials are read again next time: the user may log in meanwhile.
+    pub(super) async fn denied(&self, call: &Call<'_>, response: Response) -> Fault {
+        let fault = self.refused(call.what, response).await;
+        self.client
+            .forget_credential(&self.place.registry, &self.place.repository);
+        fault
+    }
+
+    /// The fault for an answer that is no success.
+    pub(crate) async fn refused(&self, what: &str, response: Response) -> Fault {
+        let status = response.status();
+        let wait = response
+            .headers()
+            .get(RETRY_AFTER)
+            .and_then(|value| value.to_str().ok());
+        let wait = wait.and_then(retry_after);
+        let body = self
+            .body(what, response, MAX_SMALL_BODY)
+            .await
+            .unwrap_or_default();
+        let registry = &self.place.registry;
+        let hint = match status.as_u16() {
+            401 | 403 => format!(
+                "; it needs other credentials or does not exist: log in with `podman login {registry}` or `docker login \
+                 {registry}`"
+            ),
+            404 => "; check registry, repository and tag".to_owned(),
+            429 => match wait {
+                Some(wait) => format!(
+                    "; the registry wants {} s of pause: log in or wait",
+                    wait.as_secs()
+                ),
+                None => "; too many requests: log in or wait".to_owned(),
+            },
+            400 if String::from_utf8_lossy(&body)
+                .to_ascii_lowercase()
+                .contains("https") =>
+            {
+                "; the port speaks https: leave --plain-http out".to_owned()
+            }
+            _ => String::new(),
+        };
+        let error = Error::Status {
+            place: Arc::clone(&self.place),
+            what: what.to_owned(),
+            status: status.as_u16(),
+            detail: detail(status, &body),
+            hint,
+        };
+        let again = match status.as_u16() {
+            408 | 429 | 502 | 503 | 504 => Again::After(wait),
+            500 => Again::Brief,
+            _ => Again::Never,
+        };
+        Fault {
+            error: Box::new(error),
+            again,
+        }
+    }
+
+    /// Reads a body of at most `limit` bytes.
+    pub(crate) async fn body(&self, what: &str, mut response: Response, limit: u64) -> Result<Bytes, Fault> {
+        let too_large = || {
+            Fault::fatal(Error::TooLarge {
+                place: self.place.to_string(),
+                what: what.to_owned(),
+                limit,
+            })
+        };
+        if response.content_length().is_some_and(|length| length > limit) {
+            return Err(too_large());
+        }
+        let mut body = BytesMut::new();
+        while let Some(part) = self.part(what, &mut response).await? {
+            if (body.len() + part.len()) as u64 > limit {
+                return Err(too_large());
+            }
+            body.extend_from_slice(&part);
+        }
+        Ok(body.freeze())
+    }
+
+    /// The next bytes of a body.
+    pub(crate) async fn part(&self, what: &str, response: &mut Response) -> Result<Option<Bytes>, Fault> {
+        match tokio::time::timeout(self.client.options.attempt_timeout, response.chunk()).await {
+            Ok(Ok(part)) => {
+                self.counters.add_bytes(part.as_ref().map_or(0, Bytes::len));
+                Ok(part)
+            }
+            Ok(Err(error)) => Err(self.broken(what, error)),
+            Err(_) => Err(self.silent(what)),
+        }
+    }
+
+    /// Reads and drops a small body so that its connection can be used again.
+    pub(crate) async fn drain(&self, response: Response) {
+        if let Err(fault) = self.body("rest of an answer", response, MAX_SMALL_BODY).await {
+            tracing::debug!(error = %fault.error, "connection not kept");
+        }
+    }
+
+    pub(super) fn silent(&self, what: &str) -> Fault {
+        let reason = format!(
+            "no answer for {} s",
+            self.client.options.attempt_timeout.as_secs_f32()
+        );
+        Fault::transient(self.network(what, reason, String::new()))
+    }
+
+    fn network(&self, what: &str, reason: String, hint: String) -> Error {
+        Error::Network {
+            place: Arc::clone(&self.place),
+            what: what.to_owned(),
+            reason,
+            hint,
+        }
+    }
+
+    pub(super) fn broken(&self, what: &str, error: reqwest::Error) -> Fault {
+        let connect = error.is_connect();
+        // URLs of redirect targets carry signatures.
+        let error = error.without_url();
+        let reason = explain(&error);
+        let (hint, again) = match tls_error(&error) {
+            Some(tls) if is_plain_peer(tls) => (
+                "; the port does not speak TLS: if it is meant to be plain http, use --plain-http",
+                Again::Never,
+            ),
+            Some(rustls::Error::InvalidCertificate(_)) => (
+                "; if the registry has a certificate of its own authority, name the authority's file with --tls-ca",
+                Again::Never,
+            ),
+            _ if connect && !self.host.answered() => (
+                "; check the registry's name and port, and that it is running",
+                Again::FirstContact,
+            ),
+            _ => ("", Again::After(None)),
+        };
+        Fault {
+            error: Box::new(self.network(what, reason, hint.to_owned())),
+            again,
+        }
+    }
+}
+
+/// Whether a TLS handshake failed because the other side speaks no TLS at all.
+pub(super) fn is_plain_peer(error: &rustls::Error) -> bool {
+    matches!(
+        error,
+        rustls::Error::InvalidMessage(rustls::InvalidMessage::InvalidContentType)
+    )
+}
+
+/// The registry's own words: `{"errors":[{"code":..,"message":..}]}` (OCI distribution specification, "Error Codes").
+fn detail(status: StatusCode, body: &[u8]) -> String {
+    let reason = status
+        .canonical_reason()
+        .map(|reason| format!(" {reason}"))
+        .unwrap_or_default();
+    let json: serde_json::Value = serde_json::from_slice(body).unwrap_or_default();
+    let first = json.get("errors").and_then(|errors| errors.get(0));
+    let text = |key: &str| {
+        first
+            .and_then(|error| error.get(key))
+            .and_then(|value| value.as_str())
+    };
+    let clean = |text: &str| {
+        text.chars()
+            .filter(|c| !c.is_control())
+            .take(300)
+            .collect::<String>()
+    };
+    match (text("code"), text("message")) {
+        (Some(code), Some(message)) => format!("{reason} ({}: {})", clean(code), clean(message)),
+        (Some(text), None) | (None, Some(text)) => format!("{reason} ({})", clean(text)),
+        (None, None) => reason,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_registrys_own_words() {
+        for (body, expected) in [
+            ("", " Not Found"),
+            ("<html>", " Not Found"),
+            (
+                r#"{"errors":[{"code":"NAME_UNKNOWN","message":"no\nsuch"}]}"#,
+                " Not Found (NAME_UNKNOWN: nosuch)",
+            ),
+            (r#"{"errors":[{"code":"DENIED"}]}"#, " Not Found (DENIED)"),
+            (r#"{"errors":[]}"#, " Not Found"),
+        ] {
+            assert_eq!(detail(StatusCode::NOT_FOUND, body.as_bytes()), expected);
+        }
+    }
+}
