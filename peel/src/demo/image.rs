@@ -23,7 +23,7 @@ pub const TAG: &str = "demo";
 pub const MIN_BYTES: u64 = 200_000_000;
 
 /// Changes whenever the image is made in another way, so that an older one in the cache is not used.
-const VERSION: &str = "1";
+const VERSION: &str = "2";
 
 /// Where the files come from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]

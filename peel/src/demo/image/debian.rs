@@ -16,18 +16,23 @@ use anyhow::{Context, Result, bail, ensure};
 use super::layers::{self, Plan, listing, with_parents};
 use super::{MIN_BYTES, MadeImage, output};
 
-/// The layers: what each is called, and the packages that it adds to those below it. The last one brings the image to
-/// the size of an ordinary data science image; the workload does not touch it.
-const LAYERS: &[(&str, &[&str])] = &[
+/// The layers: what each is called, and the packages that it adds to those below it.
+const LAYERS: &[Stage] = &[
     ("Debian base system", &["?essential"]),
     ("python3", &["python3"]),
     ("numpy", &["python3-numpy", "libopenblas0-pthread"]),
-    ("scipy and pandas", &["python3-scipy", "python3-pandas"]),
-    (
-        "matplotlib and scikit-learn",
-        &["python3-matplotlib", "python3-sklearn"],
-    ),
+    ("scipy", &["python3-scipy"]),
+    ("pandas", &["python3-pandas"]),
 ];
+
+/// One more layer that the workload does not touch, for releases whose packages alone make a smaller image.
+const EXTRA: Stage = (
+    "matplotlib and scikit-learn",
+    &["python3-matplotlib", "python3-sklearn"],
+);
+
+/// Least download that needs no extra layer: gzip makes layers at least a third larger than packages, which use xz.
+const ENOUGH: u64 = MIN_BYTES / 4 * 3;
 
 /// What the demo runs: three large imports and a small computation that needs each of them.
 const WORKLOAD: &str = "import numpy, scipy, pandas; \
@@ -36,8 +41,11 @@ const WORKLOAD: &str = "import numpy, scipy, pandas; \
     'scipy', scipy.__version__)";
 
 /// Libraries that several packages offer, and the directory of the plain implementation beside openblas's.
-const ALTERNATIVES: &[(&str, &str)] =
-    &[("libblas.so.3", "blas"), ("liblapack.so.3", "lapack"), ("libopenblas.so.0", "openblas-serial")];
+const ALTERNATIVES: &[(&str, &str)] = &[
+    ("libblas.so.3", "blas"),
+    ("liblapack.so.3", "lapack"),
+    ("libopenblas.so.0", "openblas-serial"),
+];
 
 /// Top-level directories that are links into /usr since the merge.
 const MERGED: &[&str] = &["bin", "sbin", "lib", "lib32", "lib64", "libx32", "libo32"];
@@ -50,12 +58,23 @@ pub(super) fn make(cache: &Path, layout: &Path, say: &dyn Fn(&str)) -> Result<Ma
             .any(|dir| Path::new(dir).join(tool).exists());
         ensure!(found, "this is no Debian machine: no {tool}");
     }
-    let (apt, stages) = Apt::open(cache, say)?;
+    let (apt, mut stages) = Apt::open(cache, say)?;
     say(&format!(
         "Downloading {} Debian packages.",
-        stages.iter().map(BTreeSet::len).sum::<usize>()
+        stages.iter().map(|stage| stage.1.len()).sum::<usize>()
     ));
-    let packages = apt.download()?;
+    let mut packages = apt.download(LAYERS)?;
+    let downloaded: u64 = packages
+        .values()
+        .filter_map(|file| fs::metadata(file).ok())
+        .map(|file| file.len())
+        .sum();
+    if downloaded < ENOUGH {
+        say("They are too few for an ordinary image; downloading some more.");
+        let all = [LAYERS, &[EXTRA]].concat();
+        stages = apt.stages(&all)?;
+        packages = apt.download(&all)?;
+    }
 
     let work = tempfile::Builder::new().prefix("tree-").tempdir_in(cache)?;
     let tree = work.path().join("root");
@@ -66,7 +85,7 @@ pub(super) fn make(cache: &Path, layout: &Path, say: &dyn Fn(&str)) -> Result<Ma
     }
     let mut owner: BTreeMap<PathBuf, usize> = BTreeMap::new();
     let mut before = BTreeMap::new();
-    for (index, stage) in stages.iter().enumerate() {
+    for (index, (name, stage)) in stages.iter().enumerate() {
         for package in stage {
             let file = packages
                 .get(package)
@@ -77,8 +96,8 @@ pub(super) fn make(cache: &Path, layout: &Path, say: &dyn Fn(&str)) -> Result<Ma
             base_files(&tree)?;
         }
         alternatives(&tree)?;
-        // The last layer is there to be carried, not to be run; compiling it would take most of the time.
-        if index + 1 < stages.len() {
+        // The extra layer is there to be carried, not to be run; compiling it would take most of the time.
+        if *name != EXTRA.0 {
             byte_code(&tree)?;
         }
         let after = listing(&tree)?;
@@ -95,7 +114,7 @@ pub(super) fn make(cache: &Path, layout: &Path, say: &dyn Fn(&str)) -> Result<Ma
     owner.retain(|path, _| tree.join(path).symlink_metadata().is_ok());
     check(&tree)?;
 
-    let layers = LAYERS
+    let layers = stages
         .iter()
         .enumerate()
         .map(|(index, (name, _))| {
@@ -133,8 +152,11 @@ pub(super) fn make(cache: &Path, layout: &Path, say: &dyn Fn(&str)) -> Result<Ma
     Ok(made)
 }
 
-/// For each layer the names of the packages that it adds.
-type Stages = Vec<BTreeSet<String>>;
+/// Name of a layer and what it adds.
+type Stage = (&'static str, &'static [&'static str]);
+
+/// For each layer its name and the packages that it adds.
+type Stages = Vec<(&'static str, BTreeSet<String>)>;
 
 /// apt with a state of its own.
 #[derive(Debug)]
@@ -169,7 +191,7 @@ impl Apt {
             archives: archives.clone(),
             options: options.clone(),
         };
-        if let Ok(stages) = apt.stages() {
+        if let Ok(stages) = apt.stages(LAYERS) {
             return Ok((apt, stages));
         }
         say("Fetching package lists.");
@@ -178,7 +200,7 @@ impl Apt {
         options.push(format!("Dir::State::lists={}", lists.display()));
         let apt = Self { archives, options };
         output(apt.command().args(["-q", "update"])).context("no Debian mirror answers")?;
-        let stages = apt.stages()?;
+        let stages = apt.stages(LAYERS)?;
         Ok((apt, stages))
     }
 
@@ -190,46 +212,47 @@ impl Apt {
         command
     }
 
-    /// For each layer the packages that it adds.
-    fn stages(&self) -> Result<Stages> {
+    /// For each layer the packages that it adds, as `NAME_VERSION` in file names.
+    fn stages(&self, layers: &[Stage]) -> Result<Stages> {
         let mut wanted: Vec<&str> = Vec::new();
         let mut below: BTreeSet<String> = BTreeSet::new();
         let mut stages = Vec::new();
-        for (_, packages) in LAYERS {
+        for (name, packages) in layers {
             wanted.extend(*packages);
             let plan = output(self.command().args(["-s", "install"]).args(&wanted))?;
-            // Lines look like `Inst NAME (VERSION ORIGIN [ARCHITECTURE]) ...`.
-            let closure: BTreeSet<String> = plan
-                .lines()
-                .filter_map(|line| line.strip_prefix("Inst ")?.split(' ').next())
-                .map(str::to_owned)
-                .collect();
-            stages.push(closure.difference(&below).cloned().collect());
+            let closure: BTreeSet<String> = plan.lines().filter_map(planned).collect();
+            stages.push((*name, closure.difference(&below).cloned().collect()));
             below.extend(closure);
         }
         Ok(stages)
     }
 
-    /// Downloads everything and returns the file of each package.
-    fn download(&self) -> Result<BTreeMap<String, PathBuf>> {
-        let wanted = LAYERS.iter().flat_map(|(_, packages)| *packages);
+    /// Downloads everything and returns the file of each package by `NAME_VERSION`.
+    fn download(&self, layers: &[Stage]) -> Result<BTreeMap<String, PathBuf>> {
+        let wanted = layers.iter().flat_map(|(_, packages)| *packages);
         output(self.command().args(["-q", "-y", "-d", "install"]).args(wanted))
             .context("the packages cannot be downloaded")?;
         let mut files = BTreeMap::new();
         for entry in fs::read_dir(&self.archives)? {
             let path = entry?.path();
             // File names look like `NAME_VERSION_ARCHITECTURE.deb`.
-            let name = path
+            let stem = path
                 .file_name()
                 .and_then(|name| name.to_str())
-                .and_then(|name| name.split('_').next());
-            if let Some(name) = name.filter(|_| path.extension().is_some_and(|extension| extension == "deb"))
-            {
+                .and_then(|name| name.strip_suffix(".deb"));
+            if let Some((name, _)) = stem.and_then(|stem| stem.rsplit_once('_')) {
                 files.insert(name.to_owned(), path.clone());
             }
         }
         Ok(files)
     }
+}
+
+/// The package of a line `Inst NAME (VERSION ORIGIN [ARCHITECTURE]) ...`, as `NAME_VERSION` in file names.
+fn planned(line: &str) -> Option<String> {
+    let (name, rest) = line.strip_prefix("Inst ")?.split_once(' ')?;
+    let version = rest.split_once('(')?.1.split([' ', ')']).next()?;
+    Some(format!("{name}_{}", version.replace(':', "%3a")))
 }
 
 /// Unpacks one package's files. Directories that are links here stay links, which merges /lib into /usr/lib.
@@ -372,4 +395,42 @@ fn check(tree: &Path) -> Result<()> {
         "the workload said {text:?} in the new image"
     );
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn packages_are_read_from_the_plan_of_apt() {
+        let cases = [
+            (
+                "Inst libc6 (2.36-9 Debian:12.15/oldstable [amd64]) []",
+                Some("libc6_2.36-9"),
+            ),
+            (
+                "Inst python3-numpy (1:1.24.2-1 Debian:12.15/oldstable [amd64])",
+                Some("python3-numpy_1%3a1.24.2-1"),
+            ),
+            ("Conf libc6 (2.36-9 Debian:12.15/oldstable [amd64])", None),
+            ("Inst broken", None),
+            ("", None),
+        ];
+        for (line, expected) in cases {
+            assert_eq!(planned(line).as_deref(), expected, "{line}");
+        }
+    }
+
+    #[test]
+    fn a_link_that_is_right_is_left_alone() {
+        use std::os::unix::fs::MetadataExt;
+        let dir = tempfile::tempdir().unwrap();
+        let place = dir.path().join("deep/link");
+        link(&place, Path::new("/a")).unwrap();
+        let first = place.symlink_metadata().unwrap().ino();
+        link(&place, Path::new("/a")).unwrap();
+        assert_eq!(place.symlink_metadata().unwrap().ino(), first);
+        link(&place, Path::new("/b")).unwrap();
+        assert_eq!(fs::read_link(&place).unwrap(), Path::new("/b"));
+    }
 }

@@ -105,6 +105,21 @@ pub(super) fn make(layout: &Path, say: &dyn Fn(&str)) -> Result<MadeImage> {
             )?;
         }
     }
+    // A mapped file shows under its full name; programs ask for it by a link such as libz.so.1.
+    let libraries: BTreeSet<PathBuf> = program
+        .iter()
+        .filter_map(|path| path.parent())
+        .filter(|dir| dir.starts_with("usr/lib"))
+        .map(Into::into)
+        .collect();
+    for dir in libraries {
+        for entry in fs::read_dir(Path::new("/").join(&dir))?.filter_map(std::result::Result::ok) {
+            let target = fs::canonicalize(entry.path()).map(|target| relative(&target));
+            if target.is_ok_and(|target| program.contains(&target)) {
+                program.insert(dir.join(entry.file_name()));
+            }
+        }
+    }
     let mut size = weight(&program) + weight(&modules);
     let mut layers = vec![
         ("program and libraries".to_owned(), with_parents(program)),

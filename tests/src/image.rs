@@ -1,0 +1,256 @@
+//! Images made entry by entry, in memory: ordinary ones, and ones that no tool would write.
+//!
+//! Tar headers are written here and not by the library under test. Layers become eStargz by the library, whose output is
+//! compared with other tools in a test of its own; afterwards their tables of contents can be changed at will.
+
+use std::io::{Cursor, Read, Write};
+use std::ops::Range;
+
+use flate2::Compression;
+use flate2::read::MultiGzDecoder;
+use flate2::write::GzEncoder;
+use peel::demo::registry::Registry;
+use peel_image::Digest;
+use peel_image::annotations::TOC_DIGEST;
+use peel_image::estargz;
+use serde_json::{Value, json};
+
+/// Size of a tar record.
+const RECORD: usize = 512;
+
+/// Modification time of every entry.
+const MTIME: u64 = 1_700_000_000;
+
+/// A tar stream that is being written.
+#[derive(Debug, Default, Clone)]
+pub struct Tar {
+    bytes: Vec<u8>,
+}
+
+impl Tar {
+    /// An empty one.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Any entry: name, type flag, link target, mode, contents.
+    #[must_use]
+    pub fn entry(mut self, name: &str, kind: u8, link: &str, mode: u32, contents: &[u8]) -> Self {
+        let mut header = [0_u8; RECORD];
+        let mut put = |at: usize, text: &[u8]| header[at..at + text.len()].copy_from_slice(text);
+        assert!(
+            name.len() <= 100 && link.len() <= 100,
+            "these headers have no room for long names"
+        );
+        put(0, name.as_bytes());
+        put(100, format!("{mode:07o}\0").as_bytes());
+        put(108, b"0000000\0");
+        put(116, b"0000000\0");
+        put(124, format!("{:011o}\0", contents.len()).as_bytes());
+        put(136, format!("{MTIME:011o}\0").as_bytes());
+        put(148, b"        ");
+        put(156, &[kind]);
+        put(157, link.as_bytes());
+        put(257, b"ustar\x0000");
+        let sum: u32 = header.iter().map(|byte| u32::from(*byte)).sum();
+        header[148..156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
+        self.bytes.extend_from_slice(&header);
+        self.bytes.extend_from_slice(contents);
+        self.bytes.resize(self.bytes.len().next_multiple_of(RECORD), 0);
+        self
+    }
+
+    /// A directory.
+    #[must_use]
+    pub fn dir(self, name: &str) -> Self {
+        self.entry(name, b'5', "", 0o755, b"")
+    }
+
+    /// A regular file.
+    #[must_use]
+    pub fn file(self, name: &str, contents: &[u8]) -> Self {
+        self.entry(name, b'0', "", 0o644, contents)
+    }
+
+    /// A symbolic link.
+    #[must_use]
+    pub fn symlink(self, name: &str, target: &str) -> Self {
+        self.entry(name, b'2', target, 0o777, b"")
+    }
+
+    /// A hard link.
+    #[must_use]
+    pub fn hard_link(self, name: &str, target: &str) -> Self {
+        self.entry(name, b'1', target, 0o644, b"")
+    }
+
+    /// The finished stream.
+    pub fn finish(mut self) -> Vec<u8> {
+        self.bytes.resize(self.bytes.len() + 2 * RECORD, 0);
+        self.bytes
+    }
+}
+
+/// Bytes that do not compress, the same ones for the same seed.
+pub fn noise(seed: u64, length: usize) -> Vec<u8> {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    std::iter::repeat_with(|| {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state.to_le_bytes()
+    })
+    .flatten()
+    .take(length)
+    .collect()
+}
+
+/// One layer as it is pushed.
+#[derive(Debug, Clone)]
+pub struct Layer {
+    /// The blob.
+    pub blob: Vec<u8>,
+    /// sha256 of the uncompressed stream.
+    pub diff_id: Digest,
+    /// sha256 of the table of contents, for layers that have one.
+    pub toc: Option<Digest>,
+}
+
+impl Layer {
+    /// An ordinary gzip layer.
+    pub fn plain(tar: &[u8]) -> Self {
+        let mut encoder = GzEncoder::new(Vec::new(), Compression::default());
+        encoder.write_all(tar).unwrap();
+        Self {
+            blob: encoder.finish().unwrap(),
+            diff_id: Digest::of(tar),
+            toc: None,
+        }
+    }
+
+    /// An eStargz layer with chunks of this many bytes, 0 for the default; `first` are prioritized.
+    pub fn estargz(tar: &[u8], chunk_size: u64, first: &[&str]) -> Self {
+        let options = estargz::Options {
+            chunk_size,
+            prioritized: first.iter().map(|path| path.as_bytes().to_vec()).collect(),
+            ..estargz::Options::default()
+        };
+        let mut blob = Vec::new();
+        let written = estargz::write(tar, Cursor::new(Vec::new()), &mut blob, &options).unwrap();
+        Self {
+            blob,
+            diff_id: written.diff_id,
+            toc: Some(written.toc_digest),
+        }
+    }
+
+    /// Digest of the blob.
+    pub fn digest(&self) -> Digest {
+        Digest::of(&self.blob)
+    }
+
+    /// Where the table of contents is, and what it says.
+    fn contents(&self) -> (usize, Value) {
+        let location = estargz::locate(&self.blob, self.blob.len() as u64).unwrap();
+        let start = usize::try_from(location.payload_end).unwrap();
+        let end = start + usize::try_from(location.toc_size).unwrap();
+        let toc = estargz::extract_toc(&self.blob[start..end]).unwrap();
+        (start, serde_json::from_slice(&toc.json).unwrap())
+    }
+
+    /// The same layer with a table of contents that `change` has changed; everything that vouches for it is made anew, so
+    /// only its claims about the files are wrong.
+    #[must_use]
+    pub fn with_contents(&self, change: impl FnOnce(&mut Vec<Value>)) -> Self {
+        let (start, mut toc) = self.contents();
+        change(toc["entries"].as_array_mut().unwrap());
+        let json = serde_json::to_vec(&toc).unwrap();
+        let mut encoder = GzEncoder::new(Vec::new(), Compression::default());
+        encoder
+            .write_all(&Tar::new().file("stargz.index.json", &json).finish())
+            .unwrap();
+        let mut blob = self.blob[..start].to_vec();
+        blob.extend_from_slice(&encoder.finish().unwrap());
+        blob.extend_from_slice(&estargz::footer::encode(start as u64));
+        let mut plain = Vec::new();
+        MultiGzDecoder::new(blob.as_slice())
+            .read_to_end(&mut plain)
+            .unwrap();
+        Self {
+            blob,
+            diff_id: Digest::of(&plain),
+            toc: Some(Digest::of(&json)),
+        }
+    }
+
+    /// The bytes of the blob that hold a file, by the table of contents.
+    pub fn place_of(&self, path: &str) -> Range<u64> {
+        let (end, toc) = self.contents();
+        let entries = toc["entries"].as_array().unwrap();
+        let offsets = |value: &Value| value["offset"].as_u64().filter(|offset| *offset > 0);
+        let entry = entries
+            .iter()
+            .position(|entry| entry["name"] == path)
+            .expect("no such file");
+        let start = offsets(&entries[entry]).expect("a file without bytes");
+        let all = entries.iter().filter_map(offsets);
+        start..all.filter(|offset| *offset > start).min().unwrap_or(end as u64)
+    }
+}
+
+/// The entry of that name in a table of contents.
+pub fn entry<'a>(entries: &'a mut [Value], name: &str) -> &'a mut Value {
+    entries
+        .iter_mut()
+        .find(|entry| entry["name"] == name)
+        .expect("no such entry")
+}
+
+/// Pushes an image of these layers and returns its name.
+pub fn push(registry: &Registry, repository: &str, tag: &str, layers: &[Layer]) -> String {
+    let content = registry.content();
+    let descriptors: Vec<Value> = layers
+        .iter()
+        .map(|layer| {
+            let digest = content.put_blob(&layer.blob).unwrap();
+            let mut descriptor = json!({
+                "mediaType": "application/vnd.oci.image.layer.v1.tar+gzip",
+                "digest": digest.to_string(),
+                "size": layer.blob.len(),
+            });
+            if let Some(toc) = &layer.toc {
+                descriptor["annotations"] = json!({ TOC_DIGEST: toc.to_string() });
+            }
+            descriptor
+        })
+        .collect();
+    let architecture = if cfg!(target_arch = "aarch64") {
+        "arm64"
+    } else {
+        "amd64"
+    };
+    let diff_ids: Vec<String> = layers.iter().map(|layer| layer.diff_id.to_string()).collect();
+    let config = json!({
+        "architecture": architecture,
+        "os": "linux",
+        "config": { "Cmd": ["/bin/sh"] },
+        "rootfs": { "type": "layers", "diff_ids": diff_ids },
+    })
+    .to_string();
+    let manifest = json!({
+        "schemaVersion": 2,
+        "mediaType": "application/vnd.oci.image.manifest.v1+json",
+        "config": {
+            "mediaType": "application/vnd.oci.image.config.v1+json",
+            "digest": content.put_blob(config.as_bytes()).unwrap().to_string(),
+            "size": config.len(),
+        },
+        "layers": descriptors,
+    })
+    .to_string();
+    let kind = "application/vnd.oci.image.manifest.v1+json";
+    content
+        .put_manifest(repository, tag, kind, manifest.as_bytes())
+        .unwrap();
+    format!("{}/{repository}:{tag}", registry.addr())
+}

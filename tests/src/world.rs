@@ -1,0 +1,366 @@
+//! A store and directories of a test's own, the built program, and a clean end.
+
+use std::fs;
+use std::io::{BufRead, BufReader};
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdin, ChildStdout, Command, ExitStatus, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use peel::demo::registry::Registry;
+use rustix::process::{Pid, Signal};
+
+/// How long any command may take before it counts as hanging. Debug builds on a busy machine are slow.
+pub const DEADLINE: Duration = Duration::from_secs(240);
+
+/// The directory of vectors: `PEEL_VECTORS`, or `../shared/vectors` beside the workspace.
+pub fn vectors() -> PathBuf {
+    let default = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../shared/vectors");
+    let dir = std::env::var_os("PEEL_VECTORS").map_or(default, PathBuf::from);
+    assert!(
+        dir.join("oci/index.json").exists(),
+        "no vectors in {}: set PEEL_VECTORS to their directory",
+        dir.display()
+    );
+    dir.canonicalize().unwrap()
+}
+
+/// Name of an image of the vectors.
+pub fn vector(tag: &str) -> String {
+    format!("oci:{}/oci:{tag}", vectors().display())
+}
+
+/// The listing that every image of the vectors has.
+pub fn expected_listing() -> String {
+    fs::read_to_string(vectors().join("expected.jsonl")).unwrap()
+}
+
+/// The listing of a tree, by the vectors' own script.
+pub fn listing(dir: &Path) -> String {
+    let output = Command::new("python3")
+        .arg(vectors().join("listing.py"))
+        .arg(dir)
+        .output()
+        .unwrap();
+    assert!(
+        output.status.success(),
+        "listing of {}: {}",
+        dir.display(),
+        errors(&output)
+    );
+    String::from_utf8(output.stdout).unwrap()
+}
+
+/// Compares a tree with the vectors' listing, line by line so that the first difference shows.
+pub fn assert_expected(dir: &Path, what: &str) {
+    let (got, expected) = (listing(dir), expected_listing());
+    for (line, wanted) in got.lines().zip(expected.lines()) {
+        assert_eq!(line, wanted, "{what}");
+    }
+    assert_eq!(
+        got.lines().count(),
+        expected.lines().count(),
+        "{what}: number of entries"
+    );
+}
+
+/// The program under test.
+pub fn program() -> PathBuf {
+    // The test is in `target/PROFILE/deps`, the program in `target/PROFILE`.
+    let this = std::env::current_exe().unwrap();
+    let program = this.parent().and_then(Path::parent).unwrap().join("peel");
+    assert!(
+        program.exists(),
+        "{} is not there: build it with `cargo build -p peel` in the same profile",
+        program.display()
+    );
+    program
+}
+
+/// Standard error as text.
+pub fn errors(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+/// Standard output as text.
+pub fn text(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+/// Waits until something holds.
+pub fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
+    let deadline = Instant::now() + DEADLINE;
+    while !holds() {
+        assert!(Instant::now() < deadline, "waited too long for {what}");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// Everything that one test uses; unmounted, ended and removed at its end.
+#[derive(Debug)]
+pub struct World {
+    root: tempfile::TempDir,
+    store: PathBuf,
+    env: Vec<(String, String)>,
+}
+
+impl Default for World {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl World {
+    /// An empty store in a directory of its own.
+    pub fn new() -> Self {
+        assert!(
+            rustix::process::geteuid().is_root(),
+            "these tests mount file systems: run them as root"
+        );
+        let root = tempfile::Builder::new()
+            .prefix("peel-test-")
+            .tempdir_in("/var/tmp")
+            .unwrap();
+        Self {
+            store: root.path().join("store"),
+            root,
+            env: Vec::new(),
+        }
+    }
+
+    /// The same with a shorter wait for bytes that do not come, in seconds.
+    #[must_use]
+    pub fn with_read_deadline(mut self, seconds: u32) -> Self {
+        self.env.push(("PEEL_READ_DEADLINE".into(), seconds.to_string()));
+        self
+    }
+
+    /// A path in the world's directory.
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.root.path().join(name)
+    }
+
+    /// A new directory in the world's directory.
+    pub fn dir(&self, name: &str) -> PathBuf {
+        let dir = self.path(name);
+        fs::create_dir_all(&dir).unwrap();
+        dir
+    }
+
+    /// The store.
+    pub fn store(&self) -> &Path {
+        &self.store
+    }
+
+    /// An embedded registry with its content in this world.
+    pub fn registry(&self) -> Registry {
+        Registry::start(&self.dir("registry")).unwrap()
+    }
+
+    /// The program with arguments.
+    pub fn command<S: AsRef<std::ffi::OsStr>>(&self, arguments: &[S]) -> Command {
+        let mut command = Command::new("timeout");
+        command
+            .args(["--foreground", "--kill-after=5", &DEADLINE.as_secs().to_string()])
+            .arg(program())
+            .args(arguments)
+            .env("PEEL_STORE", &self.store)
+            .env("TMPDIR", self.root.path())
+            .env("REGISTRY_AUTH_FILE", self.path("no-auth.json"))
+            .envs(self.env.iter().cloned())
+            .stdin(Stdio::null());
+        command
+    }
+
+    /// Runs the program to its end.
+    pub fn run<S: AsRef<std::ffi::OsStr>>(&self, arguments: &[S]) -> Output {
+        self.command(arguments).output().unwrap()
+    }
+
+    /// Runs it, expects success and returns what it printed.
+    pub fn ok<S: AsRef<std::ffi::OsStr> + std::fmt::Debug>(&self, arguments: &[S]) -> String {
+        let output = self.run(arguments);
+        assert!(
+            output.status.success(),
+            "peel {arguments:?}: {}\n{}\n{}",
+            output.status,
+            errors(&output),
+            self.log()
+        );
+        text(&output)
+    }
+
+    /// Starts it with pipes to and from it.
+    pub fn start<S: AsRef<std::ffi::OsStr>>(&self, arguments: &[S]) -> Running {
+        let mut child = Command::new(program())
+            .args(arguments)
+            .env("PEEL_STORE", &self.store)
+            .env("TMPDIR", self.root.path())
+            .envs(self.env.iter().cloned())
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let stdout = BufReader::new(child.stdout.take().unwrap());
+        let stdin = child.stdin.take();
+        Running { child, stdin, stdout }
+    }
+
+    /// Mounts an image on a new directory.
+    pub fn mount(&self, image: &str, name: &str) -> PathBuf {
+        let dir = self.dir(name);
+        self.ok(&["mount", image, dir.to_str().unwrap()]);
+        dir
+    }
+
+    /// Unmounts it.
+    pub fn umount(&self, dir: &Path) {
+        self.ok(&["umount", dir.to_str().unwrap()]);
+    }
+
+    /// What the store's server has logged.
+    pub fn log(&self) -> String {
+        fs::read_to_string(self.store.join("run/daemon.log")).unwrap_or_default()
+    }
+
+    /// The server has neither panicked nor gone away in silence.
+    pub fn assert_sound(&self) {
+        let log = self.log();
+        assert!(!log.contains("panicked"), "the server panicked:\n{log}");
+    }
+
+    /// Process id of the store's server, if there is one.
+    pub fn server(&self) -> Option<Pid> {
+        let client = peel::client::Client::connect_if_running(&self.store).ok()??;
+        Pid::from_raw(i32::try_from(client.server_pid()).ok()?)
+    }
+
+    /// Ends the store's server with a signal and waits until it is gone.
+    pub fn end_server(&self, signal: Signal) {
+        let Some(pid) = self.server() else { return };
+        let fd = rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty()).unwrap();
+        rustix::process::pidfd_send_signal(&fd, signal).unwrap();
+        let limit = rustix::event::Timespec {
+            tv_sec: 60,
+            tv_nsec: 0,
+        };
+        let mut ended = [rustix::event::PollFd::new(&fd, rustix::event::PollFlags::IN)];
+        assert_eq!(
+            rustix::event::poll(&mut ended, Some(&limit)).unwrap(),
+            1,
+            "the server does not end"
+        );
+    }
+
+    /// Mounts below the world's directory.
+    pub fn mounts(&self) -> Vec<PathBuf> {
+        let root = self.root.path();
+        let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
+        let dirs = mounts
+            .lines()
+            .filter_map(|line| line.split(' ').nth(4))
+            .map(PathBuf::from);
+        dirs.filter(|dir| dir.starts_with(root)).collect()
+    }
+
+    /// Size and number of files below `objects` that hold data.
+    pub fn objects(&self) -> Vec<PathBuf> {
+        let mut found = Vec::new();
+        let mut pending = vec![self.store.join("objects")];
+        while let Some(dir) = pending.pop() {
+            for entry in fs::read_dir(dir).into_iter().flatten() {
+                let entry = entry.unwrap();
+                if entry.file_type().unwrap().is_dir() {
+                    pending.push(entry.path());
+                } else {
+                    found.push(entry.path());
+                }
+            }
+        }
+        found
+    }
+
+    /// Flags of `run` that put the host's programs into a container whose image has none.
+    pub fn host_programs(&self) -> Vec<String> {
+        let mut flags = ["-e", "PATH=/usr/bin", "-v", "/usr:/usr:ro"]
+            .map(str::to_owned)
+            .to_vec();
+        for dir in ["/bin", "/lib", "/lib64"] {
+            if Path::new(dir).exists() {
+                flags.extend(["-v".to_owned(), format!("{dir}:{dir}:ro")]);
+            }
+        }
+        flags
+    }
+}
+
+impl Drop for World {
+    fn drop(&mut self) {
+        // A test that failed in the middle must not leave mounts: the directory could not be removed.
+        for dir in self.mounts() {
+            let _ = rustix::mount::unmount(&dir, rustix::mount::UnmountFlags::DETACH);
+        }
+        if let Some(pid) = self.server() {
+            let _ = rustix::process::kill_process(pid, Signal::TERM);
+            let deadline = Instant::now() + Duration::from_secs(20);
+            while rustix::process::test_kill_process(pid).is_ok() && Instant::now() < deadline {
+                std::thread::sleep(Duration::from_millis(20));
+            }
+        }
+        if std::thread::panicking() {
+            let log = self.log();
+            let last: Vec<&str> = log.lines().rev().take(40).collect();
+            for line in last.iter().rev() {
+                println!("server: {line}");
+            }
+        }
+    }
+}
+
+/// The program while it runs.
+#[derive(Debug)]
+pub struct Running {
+    child: Child,
+    /// Its standard input; taking it closes it.
+    pub stdin: Option<ChildStdin>,
+    stdout: BufReader<ChildStdout>,
+}
+
+impl Running {
+    /// The next line that it prints, empty at the end.
+    pub fn line(&mut self) -> String {
+        let mut line = String::new();
+        self.stdout.read_line(&mut line).unwrap();
+        line.trim_end().to_owned()
+    }
+
+    /// Sends a line to its standard input.
+    pub fn say(&mut self, line: &str) {
+        use std::io::Write;
+        let stdin = self.stdin.as_mut().expect("standard input is closed");
+        writeln!(stdin, "{line}").unwrap();
+    }
+
+    /// Waits for its end.
+    pub fn wait(&mut self) -> ExitStatus {
+        self.stdin = None;
+        let mut status = None;
+        eventually("a command to end", || {
+            status = self.child.try_wait().unwrap();
+            status.is_some()
+        });
+        status.unwrap_or_else(|| ExitStatus::from_raw(-1))
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Reads a file whole; the error number when that fails.
+pub fn read(path: &Path) -> Result<Vec<u8>, i32> {
+    fs::read(path).map_err(|error| error.raw_os_error().unwrap_or_default())
+}

@@ -1,0 +1,90 @@
+//! The registry stops in the middle of a run: readers wait and go on, or get EIO after the deadline and recover without a
+//! restart.
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on fails where it is")]
+
+use std::time::{Duration, Instant};
+
+use peel::demo::registry::Faults;
+use peel_tests::image::{Layer, Tar, noise, push};
+use peel_tests::world::{World, read};
+
+fn layer(seed: u64) -> (Vec<u8>, Layer) {
+    let bytes = noise(seed, 1_000_000);
+    let tar = Tar::new()
+        .dir("data/")
+        .file("data/file", &bytes)
+        .file("data/other", &noise(seed + 1, 1000))
+        .finish();
+    (bytes, Layer::estargz(&tar, 64 << 10, &[]))
+}
+
+/// The registry goes away for this long; the default read deadline is longer.
+const OUTAGE: Duration = Duration::from_secs(20);
+
+#[test]
+fn a_registry_that_does_not_answer_for_20_s_only_costs_time() {
+    outage(Faults::pause, Faults::resume);
+}
+
+#[test]
+fn a_registry_that_is_gone_for_20_s_only_costs_time() {
+    outage(Faults::refuse, Faults::accept);
+}
+
+/// A switch of the fault plan.
+type Switch = fn(&Faults);
+
+fn outage(stop: Switch, go_on: Switch) {
+    let world = World::new();
+    let registry = world.registry();
+    let (bytes, layer) = layer(1);
+    let name = push(&registry, "app", "x", &[layer]);
+    let mut arguments = vec!["run".to_owned(), "-i".into(), "--no-prefetch".into()];
+    arguments.extend(world.host_programs());
+    let script = "read go; sha256sum < /data/file";
+    arguments.extend([
+        name,
+        "/usr/bin/sh".into(),
+        "-c".into(),
+        format!("echo ready; {script}"),
+    ]);
+    let mut running = world.start(&arguments);
+    assert_eq!(running.line(), "ready");
+    stop(registry.faults());
+    let begin = Instant::now();
+    running.say("go");
+    std::thread::sleep(OUTAGE);
+    go_on(registry.faults());
+    let digest = peel_image::Digest::of(&bytes).hex();
+    assert!(running.line().starts_with(&digest), "after {:?}", begin.elapsed());
+    assert!(running.wait().success());
+    world.assert_sound();
+}
+
+#[test]
+fn a_registry_that_stays_away_is_an_error_until_it_is_back() {
+    let world = World::new().with_read_deadline(3);
+    let registry = world.registry();
+    let (bytes, layer) = layer(3);
+    let name = push(&registry, "app", "x", &[layer]);
+    let dir = world.dir("root");
+    world.ok(&["mount", "--no-prefetch", &name, dir.to_str().unwrap()]);
+    let server = world.server();
+    let cases: [(&str, Vec<u8>, Switch, Switch); 2] = [
+        ("data/file", bytes, Faults::refuse, Faults::accept),
+        ("data/other", noise(4, 1000), Faults::pause, Faults::resume),
+    ];
+    for (file, bytes, stop, go_on) in cases {
+        let path = dir.join(file);
+        stop(registry.faults());
+        assert_eq!(read(&path).err(), Some(5), "{file}: EIO after the deadline");
+        go_on(registry.faults());
+        assert!(
+            read(&path).unwrap() == bytes,
+            "{file}: the next read after it is back succeeds"
+        );
+    }
+    assert_eq!(world.server(), server, "nothing was restarted");
+    world.umount(&dir);
+    world.assert_sound();
+}

@@ -1,0 +1,65 @@
+//! The images of the vectors, made by the upstream tools: each mounts to the tree that containerd unpacks, runs, and is
+//! listed the same without being mounted.
+
+use peel_tests::world::{World, assert_expected, vector};
+
+/// Tags that must be served; all have the same tree.
+const TAGS: &[&str] = &["org", "esgz", "esgz-opt", "esgz-chunk64k", "esgz-min50k"];
+
+#[test]
+fn every_image_mounts_to_the_tree_that_containerd_unpacks() {
+    let world = World::new();
+    for tag in TAGS {
+        let dir = world.mount(&vector(tag), tag);
+        assert_expected(&dir, tag);
+        world.umount(&dir);
+    }
+    assert!(world.mounts().is_empty());
+    world.assert_sound();
+}
+
+#[test]
+fn all_images_mounted_at_once_hold_each_file_once() {
+    let world = World::new();
+    let dirs: Vec<_> = TAGS.iter().map(|tag| world.mount(&vector(tag), tag)).collect();
+    for (dir, tag) in dirs.iter().zip(TAGS) {
+        assert_expected(dir, tag);
+    }
+    // Every regular file was read to its end, so each different one is an object now, whatever image it was read from.
+    let expected = peel_tests::world::expected_listing();
+    let digests: std::collections::BTreeSet<&str> = expected
+        .lines()
+        .filter(|line| !line.contains("\"size\": 0,"))
+        .filter_map(|line| line.split("\"sha256\": \"").nth(1)?.split('"').next())
+        .collect();
+    let objects: std::collections::BTreeSet<String> = world
+        .objects()
+        .iter()
+        .map(|path| {
+            let name = path.strip_prefix(world.store().join("objects")).unwrap();
+            name.to_str().unwrap().replace('/', "")
+        })
+        .collect();
+    for digest in &digests {
+        assert!(objects.contains(*digest), "no object {digest}");
+    }
+    for dir in &dirs {
+        world.umount(dir);
+    }
+}
+
+#[test]
+fn every_image_runs() {
+    let world = World::new();
+    let mut lines = std::collections::BTreeSet::new();
+    for tag in TAGS {
+        lines.insert(world.ok(&["run", &vector(tag)]));
+    }
+    assert_eq!(
+        lines.len(),
+        1,
+        "different images printed different things: {lines:?}"
+    );
+    assert_eq!(lines.first().unwrap().lines().count(), 1);
+    world.assert_sound();
+}
