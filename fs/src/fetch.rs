@@ -55,8 +55,11 @@ const RETRY_LAST: Duration = Duration::from_secs(2);
 pub(crate) trait Events: Send + Sync {
     /// An object that overlays may have found in FUSE is complete now.
     fn completed(&self);
-    /// What the kernel has cached of an object must go.
+    /// What the kernel has cached of an object must go. Returns when it is gone, which may take as long as reads of the object
+    /// wait for their bytes: never called from a thread that answers reads.
     fn invalidate(&self, object: u32);
+    /// The same, some time from now; returns at once.
+    fn invalidate_later(&self, object: u32);
 }
 
 /// The engine. One per service.
@@ -305,7 +308,8 @@ impl Engine {
         Ok(())
     }
 
-    /// Lets reads find their chunks in a layer. Where images disagree about an object, what was shown of it goes.
+    /// Lets reads find their chunks in a layer. Where images disagree about an object, what was shown of it goes first, which
+    /// may take as long as a read.
     pub(crate) fn register(self: &Arc<Self>, layer: &Arc<Layer>) {
         for (file, number) in layer.files.iter().zip(0_u32..) {
             let Some(object) = self.table.get(file.object) else {
@@ -318,7 +322,7 @@ impl Engine {
             let Some(waiters) = object.add_source(source) else {
                 continue;
             };
-            tracing::info!(
+            tracing::debug!(
                 file = %file.path,
                 object = %object.digest,
                 "images cut this file into different chunks; it is served once it is complete and its hash is right"

@@ -106,6 +106,36 @@ pub struct MountedImage {
 struct Hooks {
     notifier: Notifier,
     completions: Sender<()>,
+    stale: Sender<u32>,
+}
+
+/// Objects whose cached pages wait to be dropped. There are some only where a TOC lies.
+const STALE: usize = 1024;
+
+impl Hooks {
+    /// Starts the thread that drops cached pages: the kernel waits for pages that are being read, so no thread that answers
+    /// reads may do it.
+    fn start(notifier: Notifier, completions: Sender<()>) -> Result<Self, Error> {
+        let (stale, objects) = crossbeam_channel::bounded::<u32>(STALE);
+        let name = "peel-stale";
+        let notifier_of_thread = notifier.clone();
+        std::thread::Builder::new()
+            .name(name.to_owned())
+            .spawn(move || {
+                for object in objects {
+                    object_fs::invalidate(&notifier_of_thread, object);
+                }
+            })
+            .map_err(|source| Error::Thread {
+                name: name.to_owned(),
+                source,
+            })?;
+        Ok(Self {
+            notifier,
+            completions,
+            stale,
+        })
+    }
 }
 
 impl Events for Hooks {
@@ -116,6 +146,12 @@ impl Events for Hooks {
 
     fn invalidate(&self, object: u32) {
         object_fs::invalidate(&self.notifier, object);
+    }
+
+    fn invalidate_later(&self, object: u32) {
+        if self.stale.try_send(object).is_err() {
+            tracing::warn!("too many objects are stale; cached pages of one stay until they are reclaimed");
+        }
     }
 }
 
@@ -130,10 +166,7 @@ impl Service {
         let lookups = Arc::<Lookups>::default();
         let native = Native::start()?;
         let served = object_fs::serve(&engine, &lookups, object_fs::duplicate(&fuse.device)?)?;
-        engine.listen(Box::new(Hooks {
-            notifier: served.notifier(),
-            completions: native.completions(),
-        }));
+        engine.listen(Box::new(Hooks::start(served.notifier(), native.completions())?));
         if let Err(error) = mount::set_read_ahead(fuse.mount.as_fd(), READ_AHEAD_KIB) {
             tracing::debug!(%error, "the kernel keeps its default readahead for incomplete files");
         }

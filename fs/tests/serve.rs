@@ -5,6 +5,8 @@
     reason = "tests and what they share end at the first surprise"
 )]
 
+#[path = "serve/forge.rs"]
+mod forge;
 #[path = "serve/registry.rs"]
 mod registry;
 #[path = "serve/support.rs"]
@@ -20,6 +22,7 @@ use std::time::Duration;
 use peel_fs::{Error, Options, Progress, PullPolicy};
 use peel_image::Digest;
 
+use forge::{Forge, Forged, noise};
 use registry::Registry;
 use support::{Host, eventually, expected, layer, place, vectors};
 
@@ -456,4 +459,133 @@ fn a_toc_that_nobody_vouches_for_is_not_used() {
         .unwrap_err();
     // The layer is pulled whole instead, and then its digest is wrong.
     assert!(error.to_string().contains("sha256:"), "{error}");
+}
+
+/// An image that claims, in its TOC, to hold the content of another image's file.
+#[test]
+fn a_lying_toc_cannot_give_its_bytes_to_another_image() {
+    let (good, evil) = (noise(1, 1 << 20), noise(2, 1 << 20));
+    let digest = Digest::of(&good);
+    let mut forge = Forge::new();
+    let (good_files, evil_files) = ([("file", good.as_slice())], [("file", evil.as_slice())]);
+    let chunk_size = 64 << 10;
+    forge.image(
+        "good",
+        &Forged {
+            files: &good_files,
+            chunk_size,
+            ..Forged::default()
+        },
+    );
+    forge.image(
+        "evil",
+        &Forged {
+            files: &evil_files,
+            chunk_size,
+            lie: Some(("file", digest)),
+            ..Forged::default()
+        },
+    );
+    let registry = Registry::start(forge.path());
+    for evil_is_read_whole in [false, true] {
+        let host = Host::new();
+        let liar = host.open(&registry.image("evil"));
+        let mut bytes = vec![0; 4096];
+        File::open(liar.path("file"))
+            .unwrap()
+            .read_exact_at(&mut bytes, 0)
+            .unwrap();
+        assert!(bytes == evil[..4096], "its own TOC vouches for these bytes");
+        if evil_is_read_whole {
+            // The hash of the whole tells; whether that reader still gets its bytes does not matter.
+            drop(fs::read(liar.path("file")));
+        }
+        let honest = host.open(&registry.image("good"));
+        assert!(fs::read(honest.path("file")).unwrap() == good);
+        assert_eq!(digest_of(&host.object(&digest)), digest);
+        drop(liar);
+        let again = host.open(&registry.image("evil"));
+        assert!(
+            fs::read(again.path("file")).unwrap() == good,
+            "now it is what it claims to be"
+        );
+    }
+}
+
+#[test]
+fn a_file_whose_toc_lies_about_it_becomes_an_error() {
+    let (good, evil) = (noise(3, 1 << 20), noise(4, 1 << 20));
+    let files = [("file", evil.as_slice()), ("other", b"other".as_slice())];
+    let mut forge = Forge::new();
+    forge.image(
+        "evil",
+        &Forged {
+            files: &files,
+            chunk_size: 64 << 10,
+            lie: Some(("file", Digest::of(&good))),
+            ..Forged::default()
+        },
+    );
+    let host = Host::new();
+    let mount = host.open(&format!("oci:{}:evil", forge.path().display()));
+    drop(fs::read(mount.path("file")));
+    eventually("the whole hash is checked", || {
+        let file = File::open(mount.path("file")).unwrap();
+        rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed).unwrap();
+        file.read_exact_at(&mut [0; 100], 500_000).is_err()
+    });
+    assert!(!host.object(&Digest::of(&good)).exists());
+    assert_eq!(fs::read(mount.path("other")).unwrap(), b"other");
+}
+
+#[test]
+fn hints_start_the_prefetch_before_the_toc_is_here() {
+    let files: Vec<(String, Vec<u8>)> = (0..200)
+        .map(|number| {
+            (
+                format!("f{number:03}"),
+                noise(number, 20_000 + 97 * usize::try_from(number).unwrap()),
+            )
+        })
+        .collect();
+    let entries: Vec<(&str, &[u8])> = files
+        .iter()
+        .map(|(name, bytes)| (name.as_str(), bytes.as_slice()))
+        .collect();
+    let prioritized: Vec<&str> = entries
+        .iter()
+        .map(|(name, _)| *name)
+        .filter(|name| *name < "f190")
+        .collect();
+    let mut forge = Forge::new();
+    forge.image(
+        "image",
+        &Forged {
+            files: &entries,
+            prioritized: &prioritized,
+            hints: true,
+            ..Forged::default()
+        },
+    );
+    let registry = Registry::start(forge.path());
+    let host = Host::new();
+    let mut request = host.request(&registry.image("image"));
+    request.prefetch = true;
+    let image = host.service.load(&request, &|_| {}).unwrap();
+    for name in &prioritized {
+        let (_, bytes) = files.iter().find(|(known, _)| known == name).unwrap();
+        eventually(name, || host.object(&Digest::of(bytes)).exists());
+    }
+    let wire: u64 = host.service.stats().bytes;
+    let whole: usize = files.iter().map(|(_, bytes)| bytes.len()).sum();
+    assert!(
+        wire < whole as u64,
+        "{wire} bytes came for {whole}, nothing twice"
+    );
+    let before = registry.blob_requests();
+    let mount = host.mount(&image);
+    for (name, bytes) in &files {
+        assert!(fs::read(mount.path(name)).unwrap() == *bytes, "{name}");
+    }
+    assert!(registry.blob_requests() > before, "the rest was not prefetched");
 }

@@ -37,6 +37,9 @@ impl Claim {
                 .map(|()| true),
         };
         if let Err(error) = &kept {
+            if is_false(error) {
+                return self.falsified();
+            }
             tracing::error!(object = %self.object.digest, %error, "cannot keep fetched bytes in the store");
         }
         self.landed(matches!(kept, Ok(true)), &backing);
@@ -65,7 +68,7 @@ impl Claim {
             && match backing {
                 Backing::Partial(partial) => match partial.complete() {
                     Ok(()) => partial.is_complete(),
-                    Err(error @ peel_store::Error::Discarded(_)) => {
+                    Err(error) if is_false(&error) => {
                         let file = object.describe();
                         tracing::error!(%file, object = %object.digest, %error, "the chunks of this file are right, but it is not");
                         return self.falsified();
@@ -103,7 +106,7 @@ impl Claim {
         };
         self.settle();
         if let Some(events) = engine.events() {
-            events.invalidate(object.number);
+            events.invalidate_later(object.number);
         }
         for waiter in waiters {
             engine.read_until(
@@ -212,7 +215,7 @@ impl Engine {
         {
             object.set_size(length);
             if let Some(events) = self.events() {
-                events.invalidate(object.number);
+                events.invalidate_later(object.number);
             }
         }
         let ready = {
@@ -233,6 +236,12 @@ impl Engine {
             events.completed();
         }
     }
+}
+
+/// Whether the store has found that the chunks do not make up the object.
+fn is_false(error: &peel_store::Error) -> bool {
+    use peel_store::Error::{DigestMismatch, Discarded};
+    matches!(error, DigestMismatch { .. } | Discarded(_))
 }
 
 /// Lets go of files that nobody needs open: a process may only have so many.

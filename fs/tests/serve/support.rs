@@ -44,6 +44,11 @@ impl Host {
             rustix::process::geteuid().is_root(),
             "these tests mount file systems: run them as root"
         );
+        // Shown with the output of a test that fails; another test may have been first.
+        let _ = tracing_subscriber::fmt()
+            .with_test_writer()
+            .with_max_level(tracing_subscriber::filter::LevelFilter::DEBUG)
+            .try_init();
         let scratch = tempfile::tempdir().unwrap();
         let store = scratch.path().join("store");
         Self {
