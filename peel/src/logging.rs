@@ -1,7 +1,7 @@
 //! Log lines: on standard error for commands, into a bounded file of the store for the server.
 
 use std::fs::{File, OpenOptions};
-use std::io::{self, Seek, Write};
+use std::io::{self, IsTerminal, Seek, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::sync::{Mutex, PoisonError};
@@ -33,6 +33,7 @@ fn filter(verbose: u8, default: &str) -> EnvFilter {
 pub fn to_stderr(verbose: u8, format: LogFormat) {
     let builder = tracing_subscriber::fmt()
         .with_env_filter(filter(verbose, "warn"))
+        .with_ansi(io::stderr().is_terminal())
         .with_writer(io::stderr);
     // A second call in one process (tests) keeps the first subscriber.
     let _ = match format {

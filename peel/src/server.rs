@@ -38,6 +38,10 @@ const SCAN_EVERY: Duration = Duration::from_secs(2);
 const TICK: Duration = Duration::from_millis(250);
 /// How long a new server waits for one that is ending to let go of the store.
 const PREDECESSOR: Duration = Duration::from_secs(10);
+/// How often it looks.
+const PREDECESSOR_POLL: Duration = Duration::from_millis(5);
+/// How often what was fetched is made durable: after a power loss, only objects younger than this are hashed again.
+const CHECKPOINT_EVERY: Duration = Duration::from_secs(60);
 /// Connections at a time; each has a thread.
 const CONNECTIONS_MAX: usize = 512;
 
@@ -127,6 +131,8 @@ impl Drop for ConnectionGuard {
 /// Runs `peel daemon` until it is idle or told to stop.
 pub fn run(global: &Global, args: &DaemonArgs) -> anyhow::Result<()> {
     let root = prepare(&global.store)?;
+    // Started through /proc/self/exe, it would show as "exe" in process lists. A name is a courtesy.
+    let _ = rustix::thread::set_name(c"peel-server");
     if args.detached {
         let log = root.join("run/daemon.log");
         logging::to_file(&log, global.verbose, global.log_format)
@@ -163,6 +169,7 @@ fn serve(root: &Path, args: &DaemonArgs) -> anyhow::Result<()> {
         .lock(LOCK, PREDECESSOR)
         .context("the store has a server already; stop that first, or use another --store")?;
     let store = Store::open(root)?;
+    lock_store(&store)?;
     let options = peel_fs::Options {
         read_deadline: read_deadline()?,
     };
@@ -184,7 +191,7 @@ fn serve(root: &Path, args: &DaemonArgs) -> anyhow::Result<()> {
     tracing::info!(store = %root.display(), pid = std::process::id(), "serving");
 
     let idle_exit = (args.idle_exit > 0).then(|| Duration::from_secs(args.idle_exit));
-    let why = wait_for_end(&server, idle_exit)?;
+    let why = wait_for_end(&server, &store, idle_exit)?;
     tracing::info!("ending: {why}");
     server.ending.store(true, Ordering::Relaxed);
     listener.close();
@@ -193,8 +200,22 @@ fn serve(root: &Path, args: &DaemonArgs) -> anyhow::Result<()> {
     if let Err(error) = store.checkpoint() {
         tracing::warn!("store not closed cleanly: {error}");
     }
-    drop(lock);
+    // Threads that are still ending keep the store locked until the process is gone; so does its successor's turn wait.
+    std::mem::forget(lock);
     Ok(())
+}
+
+/// Takes the store, waiting for a predecessor whose last threads are still ending.
+fn lock_store(store: &Store) -> Result<(), peel_store::Error> {
+    let deadline = Instant::now() + PREDECESSOR;
+    loop {
+        match store.lock() {
+            Err(peel_store::Error::Locked { .. }) if Instant::now() < deadline => {
+                std::thread::sleep(PREDECESSOR_POLL);
+            }
+            result => return result,
+        }
+    }
 }
 
 /// How long a read waits for bytes; `PEEL_READ_DEADLINE` (seconds) is for tests and slow links.
@@ -241,7 +262,11 @@ fn spawn_accept(server: &Arc<Server>, listener: &Arc<Listener>) -> anyhow::Resul
 }
 
 /// Blocks until the server should end; returns why.
-fn wait_for_end(server: &Arc<Server>, idle_exit: Option<Duration>) -> anyhow::Result<&'static str> {
+fn wait_for_end(
+    server: &Arc<Server>,
+    store: &Store,
+    idle_exit: Option<Duration>,
+) -> anyhow::Result<&'static str> {
     use tokio::signal::unix::{SignalKind, signal};
 
     let runtime = tokio::runtime::Builder::new_current_thread()
@@ -255,6 +280,8 @@ fn wait_for_end(server: &Arc<Server>, idle_exit: Option<Duration>) -> anyhow::Re
         let mut _hangup = signal(SignalKind::hangup())?;
         let mut tick = tokio::time::interval(TICK);
         let mut scanned = Instant::now();
+        let mut checkpoint = tokio::task::spawn_blocking(|| {});
+        let mut checkpointed = Instant::now();
         loop {
             tokio::select! {
                 _ = terminate.recv() => return Ok("SIGTERM"),
@@ -264,6 +291,16 @@ fn wait_for_end(server: &Arc<Server>, idle_exit: Option<Duration>) -> anyhow::Re
             if scanned.elapsed() >= SCAN_EVERY {
                 server.mounts.clean_up();
                 scanned = Instant::now();
+            }
+            if checkpointed.elapsed() >= CHECKPOINT_EVERY && checkpoint.is_finished() {
+                checkpointed = Instant::now();
+                let store = store.clone();
+                // Writing everything out can take seconds, during which signals must still be heard.
+                checkpoint = tokio::task::spawn_blocking(move || {
+                    if let Err(error) = store.checkpoint() {
+                        tracing::warn!("cannot make the store durable: {error}");
+                    }
+                });
             }
             if idle_exit.is_some_and(|limit| server.end_if_idle(limit)) {
                 return Ok("nothing is mounted");

@@ -16,7 +16,7 @@ const DEFAULT_RETRY_FOR: Duration = Duration::from_secs(60);
 /// How to reach registries.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct ClientOptions {
-    /// Speak http to every registry; loopback addresses get it when https is not answered there.
+    /// Speak http to every registry. Loopback addresses are tried with http first, whatever this says.
     pub plain_http: bool,
     /// PEM file with certificates of authorities to trust beside the system's.
     pub tls_ca: Option<PathBuf>,

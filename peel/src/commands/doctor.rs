@@ -196,7 +196,7 @@ fn usage(store: &Store) -> Finding {
         Ok(usage) => Finding::ok(
             "store",
             format!(
-                "{}: {} images, complete objects {}, partial objects {}",
+                "{}: images {}, complete objects {}, partial objects {}",
                 store.root().display(),
                 usage.images.files,
                 shown(&usage.objects),
