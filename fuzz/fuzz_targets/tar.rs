@@ -1,0 +1,15 @@
+//! A plain layer: any bytes are an error or an index whose trees are sound, alone and above themselves.
+#![no_main]
+
+use libfuzzer_sys::fuzz_target;
+use peel_fuzz::{SmallSink, check_index, check_merge};
+use peel_image::tar::index::index_tar;
+
+fuzz_target!(|data: &[u8]| {
+    if let Ok((index, _)) = index_tar(data, &mut SmallSink::default()) {
+        check_index(&index, 0);
+        let layers = [index.clone(), index];
+        check_merge(&layers[..1]);
+        check_merge(&layers);
+    }
+});
