@@ -121,6 +121,8 @@ impl World {
             .prefix("peel-test-")
             .tempdir_in("/var/tmp")
             .unwrap();
+        // The machine's own credentials are no part of a test.
+        fs::write(root.path().join("auth.json"), "{}").unwrap();
         Self {
             store: root.path().join("store"),
             root,
@@ -166,7 +168,7 @@ impl World {
             .args(arguments)
             .env("PEEL_STORE", &self.store)
             .env("TMPDIR", self.root.path())
-            .env("REGISTRY_AUTH_FILE", self.path("no-auth.json"))
+            .env("REGISTRY_AUTH_FILE", self.path("auth.json"))
             .envs(self.env.iter().cloned())
             .stdin(Stdio::null());
         command

@@ -109,7 +109,7 @@ fn a_truncated_blob_is_an_error_and_nothing_else() {
 type Lie = fn(&mut Vec<Value>);
 
 /// Mounts an image whose table of contents lies, reads everything, and requires that every read either fails or
-/// gives the bytes that the file has.
+/// gives bytes that some file really has.
 fn assert_harmless(what: &str, lie: Lie) {
     let world = World::new().with_read_deadline(5);
     let registry = world.registry();
@@ -120,7 +120,11 @@ fn assert_harmless(what: &str, lie: Lie) {
     if output.status.success() {
         for (name, bytes) in files() {
             match read(&dir.join("data").join(name)) {
-                Ok(got) => assert!(got == bytes, "{what}: {name} has wrong bytes"),
+                Ok(got) => {
+                    // A table that gives one file another's digest has named that other file; nothing else is right.
+                    let genuine = files().into_iter().any(|(_, other)| other == got);
+                    assert!(got == bytes || genuine, "{what}: {name} has wrong bytes");
+                }
                 Err(errno) => assert!(
                     [EIO, libc_enoent()].contains(&errno),
                     "{what}: {name}: errno {errno}"
@@ -170,29 +174,29 @@ fn walk(dir: &Path) -> Vec<std::path::PathBuf> {
 #[test]
 fn a_table_of_contents_that_lies_about_sizes() {
     assert_harmless("a larger file", |entries| {
-        entry(entries, "data/a")["size"] = json!(400_000)
+        entry(entries, "data/a")["size"] = json!(400_000);
     });
     assert_harmless("a smaller file", |entries| {
-        entry(entries, "data/a")["size"] = json!(100)
+        entry(entries, "data/a")["size"] = json!(100);
     });
     assert_harmless("an absurd file", |entries| {
-        entry(entries, "data/a")["size"] = json!(1_u64 << 62)
+        entry(entries, "data/a")["size"] = json!(1_u64 << 62);
     });
     assert_harmless("a negative file", |entries| {
-        entry(entries, "data/a")["size"] = json!(-1)
+        entry(entries, "data/a")["size"] = json!(-1);
     });
     assert_harmless("an absurd chunk", |entries| {
-        entry(entries, "data/b")["chunkSize"] = json!(1_u64 << 50)
+        entry(entries, "data/b")["chunkSize"] = json!(1_u64 << 50);
     });
 }
 
 #[test]
 fn a_table_of_contents_that_lies_about_places() {
     assert_harmless("an offset beyond the blob", |entries| {
-        entry(entries, "data/a")["offset"] = json!(1 << 40)
+        entry(entries, "data/a")["offset"] = json!(1_u64 << 40);
     });
     assert_harmless("a negative offset", |entries| {
-        entry(entries, "data/a")["offset"] = json!(-5)
+        entry(entries, "data/a")["offset"] = json!(-5);
     });
     assert_harmless("another file's offset", |entries| {
         let other = entry(entries, "data/c")["offset"].clone();
@@ -221,17 +225,17 @@ fn a_table_of_contents_that_lies_about_digests() {
         }
     });
     assert_harmless("a digest that is none", |entries| {
-        entry(entries, "data/a")["chunkDigest"] = json!("sha256:../../x")
+        entry(entries, "data/a")["chunkDigest"] = json!("sha256:../../x");
     });
 }
 
 #[test]
 fn names_that_lead_out_of_the_tree() {
     assert_harmless("dots", |entries| {
-        entry(entries, "data/a")["name"] = json!("../../../../var/tmp/peel-escaped")
+        entry(entries, "data/a")["name"] = json!("../../../../var/tmp/peel-escaped");
     });
     assert_harmless("a root", |entries| {
-        entry(entries, "data/a")["name"] = json!("/var/tmp/peel-escaped")
+        entry(entries, "data/a")["name"] = json!("/var/tmp/peel-escaped");
     });
     assert_harmless("a hard link out", |entries| {
         entries.push(json!({"name": "data/l", "type": "hardlink", "linkName": "../../etc/shadow"}));
@@ -287,7 +291,7 @@ fn the_same_lies_in_a_plain_layer() {
             assert_eq!(read(&dir.join("ok")).unwrap(), b"ok", "{what}");
             world.umount(&dir);
         } else {
-            assert!(errors(&output).contains("sha256:"), "{what}: {}", errors(&output));
+            assert!(errors(&output).contains("layer"), "{what}: {}", errors(&output));
         }
         assert!(!Path::new("/var/tmp/peel-escaped").exists(), "{what}");
     }

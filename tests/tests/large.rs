@@ -1,5 +1,4 @@
 //! A layer of 100,000 files: mounted, listed and read like any other.
-#![expect(clippy::unwrap_used, reason = "a test that cannot go on fails where it is")]
 
 use std::fs;
 

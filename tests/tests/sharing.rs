@@ -1,5 +1,4 @@
 //! Two images with a common base, mounted at once: the common files are fetched once and exist once.
-#![expect(clippy::unwrap_used, reason = "a test that cannot go on fails where it is")]
 
 use std::fs::File;
 use std::os::unix::fs::{FileExt, MetadataExt};
@@ -32,7 +31,7 @@ fn top(text: &str) -> Layer {
 
 #[test]
 fn a_common_file_is_fetched_once_and_is_one_inode() {
-    let world = World::new();
+    let world = World::new().with_read_deadline(3);
     let registry = world.registry();
     let (common, layer) = base();
     let names = ["one", "two"].map(|tag| push(&registry, "app", tag, &[layer.clone(), top(tag)]));
