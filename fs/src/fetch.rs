@@ -21,6 +21,7 @@ pub(crate) mod assemble;
 pub(crate) mod claim;
 mod decode;
 mod deliver;
+pub(crate) mod early;
 pub(crate) mod layer;
 pub(crate) mod prefetch;
 mod transfer;
@@ -58,7 +59,9 @@ pub(crate) trait Events: Send + Sync {
     /// What the kernel has cached of an object must go. Returns when it is gone, which may take as long as reads of the object
     /// wait for their bytes: never called from a thread that answers reads.
     fn invalidate(&self, object: u32);
-    /// The same, some time from now; returns at once.
+    /// Whether layers are about to be registered that may bring an object which nobody brings now.
+    fn registering(&self) -> bool;
+    /// As [`Events::invalidate`], some time from now; returns at once.
     fn invalidate_later(&self, object: u32);
 }
 
@@ -235,6 +238,11 @@ impl Engine {
             }
             (Outcome::Ready(snapshot), Some(answer)) => {
                 self.answer(object, &snapshot, offset, length, answer);
+            }
+            (_, Some(answer))
+                if Instant::now() < deadline && self.events().is_some_and(Events::registering) =>
+            {
+                self.read_later(object, offset, length, deadline, answer);
             }
             (_, Some(answer)) => {
                 tracing::error!(

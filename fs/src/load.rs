@@ -10,26 +10,31 @@
 
 mod known;
 mod layer;
+mod order;
 mod toc;
 mod whole;
 
 use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::thread;
 
-use oci_spec::image::{Descriptor, ImageConfiguration};
+use oci_spec::image::{Descriptor, ImageConfiguration, ImageManifest};
 use peel_image::layer::LayerIndex;
 use peel_image::tree::Tree;
 use peel_image::{Digest, annotations};
-use peel_registry::{ImageName, ResolvedImage, Source};
+use peel_registry::{Blob, ImageName, ResolvedImage, Source};
 use peel_store::ImageRecord;
 use tokio::sync::mpsc;
 
 use crate::error::Error;
+use crate::fetch::Engine;
+use crate::fetch::early::Early;
+use crate::fetch::layer::Layer;
 use crate::fetch::prefetch::Segment;
 use crate::service::{Image, Shared, Sources};
 use crate::{LayerReport, LoadRequest, Progress, PullPolicy};
-use layer::{Indexed, LayerLoader};
+use layer::{Found, Indexed, LayerLoader};
 
 /// Largest image configuration in bytes. Real ones have some KiB; histories of generated images reach a few hundred.
 const CONFIG_MAX: u64 = 8 << 20;
@@ -228,9 +233,19 @@ async fn fetch(
 ) -> Result<Loaded, Error> {
     let loader = LayerLoader::new(job, source);
     let configuration = tokio::spawn(configuration(job.clone(), source.clone(), image.clone()));
-    let mut lazy = Vec::new();
+    let mut known = Vec::new();
     for descriptor in image.manifest.layers() {
-        lazy.push(tokio::spawn(loader.clone().metadata(descriptor.clone())));
+        known.push(tokio::spawn(loader.clone().look(descriptor.clone())));
+    }
+    let mut found = Vec::new();
+    for task in known {
+        found.push(task.await.map_err(|_| Error::Stopping)??);
+    }
+    let order = prefetch_order(&image.manifest);
+    let early = begin_prefetch(job, order.as_deref(), &found);
+    let mut lazy = Vec::new();
+    for found in found {
+        lazy.push(tokio::spawn(loader.clone().metadata(found)));
     }
     let (config, diff_ids) = configuration.await.map_err(|_| Error::Stopping)??;
     let mut waiting = Vec::new();
@@ -248,9 +263,6 @@ async fn fetch(
     for task in waiting {
         layers.push(task.await.map_err(|_| Error::Stopping)??);
     }
-    if job.request.prefetch && !job.request.eager {
-        start_prefetch(job, image, &layers);
-    }
     let reports = layers.iter().map(|layer| layer.report.clone()).collect();
     let record = ImageRecord {
         manifest_digest: image.manifest_digest,
@@ -258,7 +270,10 @@ async fn fetch(
         config: config.clone(),
         layers: layers.iter().map(|layer| layer.key).collect(),
     };
-    let erofs = build(job, layers, record).await?;
+    let erofs = {
+        let job = job.clone();
+        blocking(move || build(&job, layers, record, order.as_deref(), early.as_ref())).await??
+    };
     Ok(Loaded {
         manifest_digest: image.manifest_digest,
         manifest: image.manifest_bytes.to_vec(),
@@ -305,83 +320,112 @@ async fn configuration(
     Ok((bytes.to_vec(), diff_ids))
 }
 
-/// Starts to fetch the prioritized bytes of all layers, in the order that the manifest gives.
-fn start_prefetch(job: &Job, image: &ResolvedImage, layers: &[Indexed]) {
-    let order = image
-        .manifest
+/// The annotation that orders the prefetch.
+pub(crate) fn prefetch_order(manifest: &ImageManifest) -> Option<String> {
+    manifest
         .annotations()
-        .as_ref()
-        .and_then(|annotations| annotations.get(annotations::PREFETCH_ORDER))
-        .map(String::as_str);
-    let ends: Vec<Option<u64>> = layers.iter().map(|layer| layer.index.prefetch_end).collect();
-    let begun: Vec<u64> = layers.iter().map(|layer| layer.begun).collect();
-    let segments = plan(order, &ends, &begun)
+        .as_ref()?
+        .get(annotations::PREFETCH_ORDER)
+        .cloned()
+}
+
+/// Requests the prioritized bytes that the manifest promises, of the layers whose TOC has yet to come.
+fn begin_prefetch(job: &Job, order: Option<&str>, found: &[Found]) -> Option<Early> {
+    let ends: Vec<Option<u64>> = found.iter().map(Found::promised).collect();
+    if !job.request.prefetch || ends.iter().all(Option::is_none) {
+        return None;
+    }
+    let segments = order::plan(order, &ends, &vec![0; ends.len()]);
+    let blobs = found.iter().map(|found| found.blob().clone()).collect();
+    Some(Early::start(&job.shared.engine, blobs, segments))
+}
+
+/// Makes the chunks of the layers available and prefetches the prioritized ones, while another thread merges the layers
+/// and writes the EROFS image. What else the store should have is written behind the caller's back.
+fn build(
+    job: &Job,
+    layers: Vec<Indexed>,
+    record: ImageRecord,
+    order: Option<&str>,
+    early: Option<&Early>,
+) -> Result<PathBuf, Error> {
+    let (indexes, rest): (Vec<LayerIndex>, Vec<(Digest, Option<Blob>)>) = layers
+        .into_iter()
+        .map(|layer| (layer.index, (layer.key, layer.lazy)))
+        .unzip();
+    let erofs = thread::scope(|scope| {
+        let merged = scope.spawn(|| -> Result<PathBuf, Error> {
+            let tree = Tree::merge(&indexes).map_err(|source| Error::Tree {
+                image: job.image.clone(),
+                source: Box::new(source),
+            })?;
+            Ok(job
+                .shared
+                .engine
+                .store
+                .put_erofs_image(&record.manifest_digest, &tree)?)
+        });
+        let blobs = rest.iter().map(|(_, blob)| blob.as_ref());
+        register(job, &indexes, blobs, order, early);
+        merged.join().unwrap_or(Err(Error::Stopping))
+    })?;
+    let keep = job.clone();
+    job.shared.engine.handle().spawn_blocking(move || {
+        let keys: Vec<Digest> = rest.into_iter().map(|(key, _)| key).collect();
+        if let Err(error) = known::keep(&keep, &record, &keys, &indexes) {
+            tracing::warn!(image = %keep.image, %error, "the image was not kept; the next start fetches its metadata again");
+        }
+    });
+    Ok(erofs)
+}
+
+/// Lets reads find the chunks of the layers that have a blob here, and starts the prefetch.
+fn register<'a>(
+    job: &Job,
+    indexes: &[LayerIndex],
+    blobs: impl Iterator<Item = Option<&'a Blob>>,
+    order: Option<&str>,
+    early: Option<&Early>,
+) {
+    let engine = &job.shared.engine;
+    let mut layers = Vec::new();
+    let mut begun = Vec::new();
+    for ((index, blob), position) in indexes.iter().zip(blobs).zip(0..) {
+        let layer = blob.map(|blob| Arc::new(Layer::new(job.number, blob.clone(), index, &engine.table)));
+        if let Some(layer) = &layer {
+            job.sources.add(engine, layer);
+        }
+        begun.push(match (&layer, early) {
+            (Some(layer), Some(early)) => early.known(engine, position, layer),
+            _ => 0,
+        });
+        layers.push(layer);
+    }
+    if job.request.prefetch {
+        let ends: Vec<Option<u64>> = indexes.iter().map(|index| index.prefetch_end).collect();
+        start_prefetch(engine, &layers, order::plan(order, &ends, &begun));
+    }
+}
+
+/// Fetches segments in the background.
+pub(crate) fn start_prefetch(
+    engine: &Arc<Engine>,
+    layers: &[Option<Arc<Layer>>],
+    plan: Vec<(usize, std::ops::Range<u64>)>,
+) {
+    let segments = plan
         .into_iter()
         .filter_map(|(layer, range)| {
             Some(Segment {
-                layer: Arc::clone(layers.get(layer)?.layer.as_ref()?),
+                layer: Arc::clone(layers.get(layer)?.as_ref()?),
                 range,
             })
         })
         .collect();
-    let engine = Arc::clone(&job.shared.engine);
-    job.shared
-        .engine
+    let engine_of_task = Arc::clone(engine);
+    engine
         .handle()
-        .spawn(async move { engine.prefetch(segments).await });
-}
-
-/// Which bytes of which layer to prefetch, in order. `order` is the manifest's annotation; what it leaves out follows,
-/// lowest layer first. `begun` is how far each layer is under way already.
-fn plan(order: Option<&str>, ends: &[Option<u64>], begun: &[u64]) -> Vec<(usize, std::ops::Range<u64>)> {
-    let mut at: Vec<u64> = begun.to_vec();
-    let mut segments = Vec::new();
-    let mut add = |layer: usize, end: u64| {
-        let Some(limit) = ends.get(layer).copied().flatten() else {
-            return;
-        };
-        let Some(start) = at.get_mut(layer) else { return };
-        let end = end.min(limit);
-        if end > *start {
-            segments.push((layer, *start..end));
-            *start = end;
-        }
-    };
-    for pair in order.unwrap_or_default().split(',') {
-        if let Some((layer, end)) = pair.split_once(':')
-            && let (Ok(layer), Ok(end)) = (layer.trim().parse(), end.trim().parse())
-        {
-            add(layer, end);
-        }
-    }
-    for layer in 0..ends.len() {
-        add(layer, u64::MAX);
-    }
-    segments
-}
-
-/// Merges the layers, writes the EROFS image, and keeps the rest in the store behind the caller's back.
-async fn build(job: &Job, layers: Vec<Indexed>, record: ImageRecord) -> Result<PathBuf, Error> {
-    let job = job.clone();
-    blocking(move || {
-        let store = &job.shared.engine.store;
-        let (keys, indexes): (Vec<Digest>, Vec<LayerIndex>) =
-            layers.into_iter().map(|layer| (layer.key, layer.index)).unzip();
-        let tree = Tree::merge(&indexes).map_err(|source| Error::Tree {
-            image: job.image.clone(),
-            source: Box::new(source),
-        })?;
-        let erofs = store.put_erofs_image(&record.manifest_digest, &tree)?;
-        drop(tree);
-        let keep = job.clone();
-        job.shared.engine.handle().spawn_blocking(move || {
-            if let Err(error) = known::keep(&keep, &record, &keys, &indexes) {
-                tracing::warn!(image = %keep.image, %error, "the image was not kept; the next start fetches its metadata again");
-            }
-        });
-        Ok(erofs)
-    })
-    .await?
+        .spawn(async move { engine_of_task.prefetch(segments).await });
 }
 
 /// Runs work that blocks on the disk or computes for long.
@@ -406,32 +450,6 @@ pub(crate) fn annotations_of(descriptor: &Descriptor) -> HashMap<String, String>
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn prefetch_follows_the_annotation_then_the_layers() {
-        let ends = [Some(100), None, Some(50)];
-        for (order, begun, expected) in [
-            (None, [0, 0, 0], vec![(0, 0..100), (2, 0..50)]),
-            (None, [100, 0, 20], vec![(2, 20..50)]),
-            (
-                Some("2:10,0:40,2:50"),
-                [0, 0, 0],
-                vec![(2, 0..10), (0, 0..40), (2, 10..50), (0, 40..100)],
-            ),
-            (
-                Some("2:10, 0:40"),
-                [60, 0, 0],
-                vec![(2, 0..10), (0, 60..100), (2, 10..50)],
-            ),
-            (
-                Some("1:10,9:10,0:99999,x:y,,0"),
-                [0, 0, 0],
-                vec![(0, 0..100), (2, 0..50)],
-            ),
-        ] {
-            assert_eq!(plan(order, &ends, &begun), expected, "{order:?}");
-        }
-    }
 
     #[test]
     fn a_lazy_index_is_bound_to_its_toc() {

@@ -8,6 +8,7 @@
 //! good: an overlay that has found an object here keeps pointing at that inode.
 
 use std::cell::RefCell;
+use std::collections::HashMap;
 use std::ffi::OsStr;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -17,6 +18,7 @@ use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, SystemTime};
 
+use crossbeam_channel::{Receiver, Sender, bounded};
 use fuser::{
     Config, Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation, INodeNo, InitFlags,
     KernelConfig, LockOwner, Notifier, OpenFlags, ReplyAttr, ReplyData, ReplyDirectory, ReplyEmpty,
@@ -54,8 +56,27 @@ pub(crate) struct Lookups(Mutex<Waiting>);
 
 #[derive(Debug, Default)]
 struct Waiting {
-    registrations: usize,
+    /// By number; the sender tells that a lookup waits.
+    registrations: HashMap<u64, Sender<()>>,
+    next: u64,
     lookups: Vec<(Digest, ReplyEntry)>,
+}
+
+impl Lookups {
+    /// Whether images are being registered; if so, they hurry.
+    pub(crate) fn hurry(&self) -> bool {
+        lock(&self.0).hurry()
+    }
+}
+
+impl Waiting {
+    fn hurry(&self) -> bool {
+        for registration in self.registrations.values() {
+            // Full means that it has been told.
+            let _ = registration.try_send(());
+        }
+        !self.registrations.is_empty()
+    }
 }
 
 /// A registration that is under way. Dropping it lets the lookups go on that waited for it.
@@ -63,16 +84,31 @@ struct Waiting {
 pub(crate) struct Registration {
     lookups: Arc<Lookups>,
     engine: Arc<Engine>,
+    number: u64,
+    wanted: Receiver<()>,
 }
 
 impl Registration {
     /// Begins a registration.
     pub(crate) fn begin(lookups: &Arc<Lookups>, engine: &Arc<Engine>) -> Self {
-        lock(&lookups.0).registrations += 1;
+        // One message says it all.
+        let (sender, wanted) = bounded(1);
+        let mut waiting = lock(&lookups.0);
+        let number = waiting.next;
+        waiting.next += 1;
+        waiting.registrations.insert(number, sender);
         Self {
             lookups: Arc::clone(lookups),
             engine: Arc::clone(engine),
+            number,
+            wanted,
         }
+    }
+
+    /// Waits until a lookup needs this registration, at most for `patience`.
+    pub(crate) fn wait(&self, patience: Duration) {
+        // Both outcomes mean that it is time.
+        let _ = self.wanted.recv_timeout(patience);
     }
 }
 
@@ -80,7 +116,7 @@ impl Drop for Registration {
     fn drop(&mut self) {
         let waiting = {
             let mut waiting = lock(&self.lookups.0);
-            waiting.registrations = waiting.registrations.saturating_sub(1);
+            waiting.registrations.remove(&self.number);
             // A lookup whose object came with this registration need not wait for another one.
             std::mem::take(&mut waiting.lookups)
         };
@@ -165,7 +201,7 @@ fn answer_lookup(engine: &Engine, lookups: &Lookups, digest: Digest, reply: Repl
             engine.looked_up(&object);
             reply.entry(&FOREVER, &file(&object), Generation(0));
         }
-        None if waiting.registrations > 0 => waiting.lookups.push((digest, reply)),
+        None if waiting.hurry() => waiting.lookups.push((digest, reply)),
         None => {
             drop(waiting);
             reply.error(Errno::ENOENT);

@@ -107,6 +107,7 @@ struct Hooks {
     notifier: Notifier,
     completions: Sender<()>,
     stale: Sender<u32>,
+    lookups: Arc<Lookups>,
 }
 
 /// Objects whose cached pages wait to be dropped. There are some only where a TOC lies.
@@ -115,7 +116,7 @@ const STALE: usize = 1024;
 impl Hooks {
     /// Starts the thread that drops cached pages: the kernel waits for pages that are being read, so no thread that answers
     /// reads may do it.
-    fn start(notifier: Notifier, completions: Sender<()>) -> Result<Self, Error> {
+    fn start(notifier: Notifier, completions: Sender<()>, lookups: &Arc<Lookups>) -> Result<Self, Error> {
         let (stale, objects) = crossbeam_channel::bounded::<u32>(STALE);
         let name = "peel-stale";
         let notifier_of_thread = notifier.clone();
@@ -134,6 +135,7 @@ impl Hooks {
             notifier,
             completions,
             stale,
+            lookups: Arc::clone(lookups),
         })
     }
 }
@@ -146,6 +148,10 @@ impl Events for Hooks {
 
     fn invalidate(&self, object: u32) {
         object_fs::invalidate(&self.notifier, object);
+    }
+
+    fn registering(&self) -> bool {
+        self.lookups.hurry()
     }
 
     fn invalidate_later(&self, object: u32) {
@@ -166,7 +172,11 @@ impl Service {
         let lookups = Arc::<Lookups>::default();
         let native = Native::start()?;
         let served = object_fs::serve(&engine, &lookups, object_fs::duplicate(&fuse.device)?)?;
-        engine.listen(Box::new(Hooks::start(served.notifier(), native.completions())?));
+        engine.listen(Box::new(Hooks::start(
+            served.notifier(),
+            native.completions(),
+            &lookups,
+        )?));
         if let Err(error) = mount::set_read_ahead(fuse.mount.as_fd(), READ_AHEAD_KIB) {
             tracing::debug!(%error, "the kernel keeps its default readahead for incomplete files");
         }

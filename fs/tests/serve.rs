@@ -262,6 +262,24 @@ fn a_known_image_starts_without_a_request_and_keeps_its_chunks() {
 }
 
 #[test]
+fn an_object_that_lost_its_image_is_brought_by_the_next_one() {
+    let registry = registry();
+    let host = Host::new();
+    let name = registry.image("esgz");
+    {
+        let mount = host.open(&name);
+        // Looked up and opened, so its inode is known, but nothing is fetched.
+        drop(File::open(mount.path("etc/os-release")).unwrap());
+    }
+    let keeps = host.store.join("records/names");
+    eventually("the name is kept", || {
+        fs::read_dir(&keeps).unwrap().next().is_some()
+    });
+    let mount = host.open(&name);
+    assert_eq!(fs::read(mount.path("etc/os-release")).unwrap().len(), 24);
+}
+
+#[test]
 fn prefetch_brings_the_prioritized_files_unasked() {
     let registry = registry();
     let host = Host::new();

@@ -2,18 +2,22 @@
 
 use std::sync::Arc;
 use std::thread;
+use std::time::Duration;
 
 use oci_spec::image::{Descriptor, ImageManifest};
 use peel_image::Digest;
 use peel_image::layer::{EntryKind, LayerIndex};
 use peel_store::{ImageRecord, Store};
 
-use super::{Job, Loaded, plan};
+use super::{Job, Loaded, order, prefetch_order, start_prefetch};
 use crate::LayerReport;
 use crate::error::Error;
 use crate::fetch::layer::Layer;
-use crate::fetch::prefetch::Segment;
 use crate::object_fs::Registration;
+
+/// How long the indexes of a known image are left alone while no read needs them. Reading them costs some ten milliseconds
+/// of one core, which a start from a full store has better use for.
+const PATIENCE: Duration = Duration::from_secs(3);
 
 /// Keeps what the next load of the image needs. The name comes last: it makes the rest count.
 pub(super) fn keep(
@@ -91,7 +95,7 @@ pub(super) fn is_here(store: &Store, index: &LayerIndex) -> bool {
     })
 }
 
-/// Reads the indexes in a thread of its own.
+/// Reads the indexes in a thread of its own, as soon as a lookup needs them.
 fn register(job: &Job, manifest: &ImageManifest, record: &ImageRecord) -> Result<(), Error> {
     let registration = Registration::begin(&job.shared.lookups, &job.shared.engine);
     let layers: Vec<(Descriptor, Digest)> = manifest
@@ -100,10 +104,7 @@ fn register(job: &Job, manifest: &ImageManifest, record: &ImageRecord) -> Result
         .cloned()
         .zip(record.layers.iter().copied())
         .collect();
-    let order = manifest
-        .annotations()
-        .as_ref()
-        .and_then(|annotations| annotations.get(peel_image::annotations::PREFETCH_ORDER).cloned());
+    let order = prefetch_order(manifest);
     // The image may be gone before its layers are known: the thread must not keep the service alive.
     let engine = Arc::clone(&job.shared.engine);
     let (sources, number, image) = (Arc::clone(&job.sources), job.number, job.image.clone());
@@ -116,6 +117,7 @@ fn register(job: &Job, manifest: &ImageManifest, record: &ImageRecord) -> Result
     thread::Builder::new()
         .name(thread_name.to_owned())
         .spawn(move || {
+            registration.wait(PATIENCE);
             let source = match engine.handle().block_on(peel_registry::Source::open(&name, &client)) {
                 Ok(source) => source,
                 Err(error) => {
@@ -150,18 +152,8 @@ fn register(job: &Job, manifest: &ImageManifest, record: &ImageRecord) -> Result
             }
             drop(registration);
             if prefetch {
-                let begun = vec![0; ends.len()];
-                let segments = plan(order.as_deref(), &ends, &begun)
-                    .into_iter()
-                    .filter_map(|(layer, range)| {
-                        Some(Segment {
-                            layer: Arc::clone(known.get(layer)?.as_ref()?),
-                            range,
-                        })
-                    })
-                    .collect();
-                let engine_of_task = Arc::clone(&engine);
-                engine.handle().spawn(async move { engine_of_task.prefetch(segments).await });
+                let plan = order::plan(order.as_deref(), &ends, &vec![0; ends.len()]);
+                start_prefetch(&engine, &known, plan);
             }
         })
         .map(drop)

@@ -8,11 +8,10 @@ use peel_image::{Digest, annotations};
 use peel_registry::{Blob, Source};
 use tokio::sync::{Semaphore, mpsc};
 
-use super::toc::{Toc, TocFailure};
+use super::toc::TocFailure;
 use super::{Job, annotations_of, blocking, known, lazy_key, toc, whole};
 use crate::error::Error;
-use crate::fetch::layer::{CHUNK_MAX, Layer};
-use crate::fetch::prefetch::Early;
+use crate::fetch::layer::CHUNK_MAX;
 use crate::{LayerReport, Progress};
 
 /// Layers that are pulled whole at a time: containerd's default for concurrent downloads.
@@ -25,10 +24,47 @@ pub(super) struct Indexed {
     pub(super) key: Digest,
     pub(super) index: LayerIndex,
     pub(super) report: LayerReport,
-    /// Its chunks, if it is lazy.
-    pub(super) layer: Option<Arc<Layer>>,
-    /// Bytes of its prefetch range that are under way.
-    pub(super) begun: u64,
+    /// Where its chunks come from, if it is lazy.
+    pub(super) lazy: Option<Blob>,
+}
+
+/// What the manifest and the store say of a layer.
+#[derive(Debug)]
+pub(super) enum Found {
+    /// The store has the index of this lazy layer.
+    Kept {
+        blob: Blob,
+        key: Digest,
+        index: Box<LayerIndex>,
+    },
+    /// Its TOC has to be fetched.
+    Toc {
+        blob: Blob,
+        /// Digest that the manifest vouches for.
+        digest: Digest,
+        /// Where the manifest says that it begins.
+        offset: Option<u64>,
+        /// Where the manifest says that the prioritized bytes end.
+        prefetch_end: Option<u64>,
+    },
+    /// It cannot be lazy, for this reason.
+    Whole { blob: Blob, reason: String },
+}
+
+impl Found {
+    pub(super) fn blob(&self) -> &Blob {
+        match self {
+            Self::Kept { blob, .. } | Self::Toc { blob, .. } | Self::Whole { blob, .. } => blob,
+        }
+    }
+
+    /// End of the prioritized bytes of a layer whose TOC has to be fetched, as far as the manifest knows it.
+    pub(super) fn promised(&self) -> Option<u64> {
+        match self {
+            Self::Toc { prefetch_end, .. } => *prefetch_end,
+            _ => None,
+        }
+    }
 }
 
 /// A layer after its metadata was asked for.
@@ -43,6 +79,21 @@ pub(super) enum Metadata {
         /// Why, in one sentence.
         reason: String,
     },
+}
+
+impl Metadata {
+    fn lazy(blob: Blob, key: Digest, index: LayerIndex) -> Self {
+        Self::Lazy(Box::new(Indexed {
+            key,
+            index,
+            report: LayerReport {
+                digest: blob.digest(),
+                size: blob.size(),
+                not_lazy: None,
+            },
+            lazy: Some(blob),
+        }))
+    }
 }
 
 /// Loads layers. Cheap to clone.
@@ -62,85 +113,75 @@ impl LayerLoader {
         }
     }
 
-    /// Gets the index without the files, if that is possible.
-    pub(super) async fn metadata(self, descriptor: Descriptor) -> Result<Metadata, Error> {
+    /// Finds out what is to be done for a layer, without a request.
+    pub(super) async fn look(self, descriptor: Descriptor) -> Result<Found, Error> {
         let blob = self
             .source
             .blob(&descriptor)
             .map_err(|error| self.job.registry_error(error))?;
+        let whole = |blob, reason| Ok(Found::Whole { blob, reason });
         if self.job.request.eager {
-            let reason = "the image was asked for whole".to_owned();
-            return Ok(Metadata::Whole { blob, reason });
+            return whole(blob, "the image was asked for whole".to_owned());
         }
         let annotations = annotations_of(&descriptor);
-        let toc_digest = match annotations
+        let digest = match annotations
             .get(annotations::TOC_DIGEST)
             .map(|text| text.parse::<Digest>())
         {
             Some(Ok(digest)) => digest,
             Some(Err(error)) => {
                 let reason = format!("the annotation {} is unusable: {error}", annotations::TOC_DIGEST);
-                return Ok(Metadata::Whole { blob, reason });
+                return whole(blob, reason);
             }
             None => {
                 let reason = format!(
                     "nothing vouches for a table of contents (no annotation {})",
                     annotations::TOC_DIGEST
                 );
-                return Ok(Metadata::Whole { blob, reason });
+                return whole(blob, reason);
             }
         };
-        let key = lazy_key(&blob.digest(), &toc_digest);
-        let kept = {
-            let store = self.job.shared.engine.store.clone();
-            blocking(move || store.layer(&key)).await?
-        };
-        if let Ok(Some(index)) = kept {
-            return self.lazy(blob, key, index, None).await;
+        let key = lazy_key(&blob.digest(), &digest);
+        let store = self.job.shared.engine.store.clone();
+        // A record that cannot be read is as good as none: the TOC is fetched again.
+        if let Ok(Some(index)) = blocking(move || store.layer(&key)).await? {
+            let index = Box::new(index);
+            return Ok(Found::Kept { blob, key, index });
         }
         let offset = number(&annotations, annotations::TOC_OFFSET).filter(|offset| *offset < blob.size());
         let limit = offset.unwrap_or(blob.size());
-        let early = number(&annotations, annotations::PREFETCH_END)
-            .filter(|end| *end > 0 && *end <= limit && self.job.request.prefetch)
-            .map(|end| Early::start(&self.job.shared.engine, blob.clone(), end));
-        let toc = match toc::fetch(&blob, offset, &toc_digest).await {
+        let prefetch_end =
+            number(&annotations, annotations::PREFETCH_END).filter(|end| *end > 0 && *end <= limit);
+        Ok(Found::Toc {
+            blob,
+            digest,
+            offset,
+            prefetch_end,
+        })
+    }
+
+    /// Gets the index without the files, if that is possible.
+    pub(super) async fn metadata(self, found: Found) -> Result<Metadata, Error> {
+        let (blob, digest, offset) = match found {
+            Found::Whole { blob, reason } => return Ok(Metadata::Whole { blob, reason }),
+            Found::Kept { blob, key, index } => return Ok(Metadata::lazy(blob, key, *index)),
+            Found::Toc {
+                blob, digest, offset, ..
+            } => (blob, digest, offset),
+        };
+        let toc = match toc::fetch(&blob, offset, &digest).await {
             Ok(toc) => toc,
             Err(TocFailure::Registry(error)) => return Err(self.job.registry_error(error)),
             Err(TocFailure::NotLazy(reason)) => return Ok(Metadata::Whole { blob, reason }),
             Err(TocFailure::Stopping) => return Err(Error::Stopping),
         };
-        let Toc { index } = toc;
-        match unservable(&index, blob.size()) {
-            Some(reason) => Ok(Metadata::Whole { blob, reason }),
-            None => self.lazy(blob, key, index, early).await,
-        }
-    }
-
-    async fn lazy(
-        self,
-        blob: Blob,
-        key: Digest,
-        index: LayerIndex,
-        early: Option<Early>,
-    ) -> Result<Metadata, Error> {
-        let indexed = blocking(move || {
-            let engine = &self.job.shared.engine;
-            let layer = Arc::new(Layer::new(self.job.number, blob.clone(), &index, &engine.table));
-            self.job.sources.add(engine, &layer);
-            Indexed {
-                key,
-                begun: early.map_or(0, |early| early.known(&layer)),
-                index,
-                report: LayerReport {
-                    digest: blob.digest(),
-                    size: blob.size(),
-                    not_lazy: None,
-                },
-                layer: Some(layer),
+        Ok(match unservable(&toc.index, blob.size()) {
+            Some(reason) => Metadata::Whole { blob, reason },
+            None => {
+                let key = lazy_key(&blob.digest(), &digest);
+                Metadata::lazy(blob, key, toc.index)
             }
         })
-        .await?;
-        Ok(Metadata::Lazy(Box::new(indexed)))
     }
 
     /// Pulls the layer whole if there is no other way.
@@ -166,8 +207,7 @@ impl LayerLoader {
                 key,
                 index,
                 report,
-                layer: None,
-                begun: 0,
+                lazy: None,
             });
         }
         let permit = Arc::clone(&self.pulls)
@@ -208,8 +248,7 @@ impl LayerLoader {
             key,
             index,
             report,
-            layer: None,
-            begun: 0,
+            lazy: None,
         })
     }
 
