@@ -26,10 +26,18 @@ if [ $# -eq 0 ]; then
 		set -- "$@" "$(basename "$source" .rs)"
 	done
 fi
+# Some targets write files; a disk would only slow them down.
+[ ! -w /dev/shm ] || export TMPDIR=/dev/shm
 for name in "$@"; do
 	mkdir -p "artifacts/$name" "target/corpus/$name"
+	log="target/corpus/$name.log"
 	# New inputs go to the first directory, seeds stay as they are.
-	run "$target/$host/release/$name" -max_total_time="$seconds" -timeout=20 -rss_limit_mb=2048 -max_len=65536 \
-		-print_final_stats=0 -verbosity=0 -artifact_prefix="artifacts/$name/" "target/corpus/$name" "seeds/$name"
+	if ! "$target/$host/release/$name" -max_total_time="$seconds" -timeout=20 -rss_limit_mb=2048 -max_len=65536 \
+		-artifact_prefix="artifacts/$name/" "target/corpus/$name" "seeds/$name" >"$log" 2>&1; then
+		tail -n 60 "$log"
+		echo "$name: a failure; the input is in fuzz/artifacts/$name" >&2
+		exit 1
+	fi
+	echo "$name: $(sed -n 's/^Done //p' "$log")"
 done
 echo "No fuzz target found anything in $seconds s each."

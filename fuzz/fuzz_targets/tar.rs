@@ -2,14 +2,19 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use peel_fuzz::{SmallSink, check_index, check_merge};
+use peel_fuzz::{SmallSink, check_index, check_merge, with_checksums};
 use peel_image::tar::index::index_tar;
 
-fuzz_target!(|data: &[u8]| {
-    if let Ok((index, _)) = index_tar(data, &mut SmallSink::default()) {
+fn check(tar: &[u8]) {
+    if let Ok((index, _)) = index_tar(tar, &mut SmallSink::default()) {
         check_index(&index, 0);
         let layers = [index.clone(), index];
         check_merge(&layers[..1]);
         check_merge(&layers);
     }
+}
+
+fuzz_target!(|data: &[u8]| {
+    check(data);
+    check(&with_checksums(data));
 });

@@ -6,7 +6,7 @@ use std::io::Write;
 use flate2::Compression;
 use flate2::write::GzEncoder;
 use libfuzzer_sys::fuzz_target;
-use peel_fuzz::check_index;
+use peel_fuzz::{check_index, with_checksums};
 use peel_image::Digest;
 use peel_image::estargz::{extract_toc, read_index};
 
@@ -24,6 +24,6 @@ fn check(member: &[u8]) {
 fuzz_target!(|data: &[u8]| {
     check(data);
     let mut member = GzEncoder::new(Vec::new(), Compression::none());
-    member.write_all(data).expect("memory");
+    member.write_all(&with_checksums(data)).expect("memory");
     check(&member.finish().expect("memory"));
 });

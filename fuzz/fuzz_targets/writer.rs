@@ -5,7 +5,7 @@ use std::io::{Cursor, Read};
 
 use flate2::read::MultiGzDecoder;
 use libfuzzer_sys::fuzz_target;
-use peel_fuzz::{SmallSink, check_index, check_merge};
+use peel_fuzz::{SmallSink, check_index, check_merge, with_checksums};
 use peel_image::Digest;
 use peel_image::estargz::{Options, extract_toc, locate, read_index, write};
 use peel_image::layer::LayerIndex;
@@ -33,6 +33,8 @@ fn names(index: LayerIndex) -> Option<Vec<(Vec<u8>, InodeKind, u16)>> {
 
 fuzz_target!(|input: (u8, &[u8])| {
     let (chunk_size, tar) = input;
+    let tar = with_checksums(tar);
+    let tar = tar.as_slice();
     let Ok((plain, _)) = index_tar(tar, &mut SmallSink::default()) else {
         return;
     };

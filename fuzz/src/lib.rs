@@ -39,6 +39,20 @@ impl FileSink for SmallSink {
     }
 }
 
+/// Makes the checksum right in every block that looks like a tar header. Without this nearly every change of an input would only
+/// show that checksums are checked.
+pub fn with_checksums(tar: &[u8]) -> Vec<u8> {
+    let mut tar = tar.to_vec();
+    for header in tar.chunks_exact_mut(512) {
+        if header[257..].starts_with(b"ustar") {
+            header[148..156].fill(b' ');
+            let sum: u32 = header.iter().copied().map(u32::from).sum();
+            header[148..156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
+        }
+    }
+    tar
+}
+
 /// Every path is clean, every chunk lies in its file and in the blob, and chunks leave no gap.
 pub fn check_index(index: &LayerIndex, payload_end: u64) {
     for entry in &index.entries {
