@@ -120,13 +120,14 @@ impl Container {
         };
         guard.cgroup.clone_from(&cgroup);
         let pidfd = fds.pop().ok_or(Error::Ended("first process"))?;
-        let pid = pid_of(&pidfd).map_err(|error| host("reading the container's pid", error))?;
         let (ready, mut fds) = receive(&init, CREATE_DEADLINE, "setting up the container")?
             .ok_or(Error::Ended("first process"))?;
         match ready {
             Ready::Yes { warnings: more } => warnings.extend(more),
             Ready::Failed(failure) => return Err(explain(failure, process)),
         }
+        // Only now: the pid of one that failed is gone by itself, and with it the reason would be lost.
+        let pid = pid_of(&pidfd).map_err(|error| host("reading the container's pid", error))?;
         for warning in &warnings {
             tracing::warn!(pid, "container: {warning}");
         }
