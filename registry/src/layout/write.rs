@@ -40,7 +40,8 @@ impl LayoutWriter {
         if !marker.exists() {
             let foreign = |error: std::io::Error| error.kind() != ErrorKind::NotFound;
             match std::fs::read_dir(dir).map(|mut entries| entries.next().is_some()) {
-                Ok(true) if !dir.join("index.json").exists() => {
+                // Asked again: another writer may have begun the layout since.
+                Ok(true) if !marker.exists() && !dir.join("index.json").exists() => {
                     return Err(Error::layout(
                         dir,
                         "is neither empty nor an OCI layout: not written to",
@@ -52,15 +53,19 @@ impl LayoutWriter {
                 _ => {}
             }
         }
-        let blobs = dir.join("blobs/sha256");
-        DirBuilder::new()
-            .recursive(true)
-            .mode(0o755)
-            .create(&blobs)
-            .map_err(Error::file(&blobs, "cannot be made"))?;
+        let make = |dir: &Path| {
+            DirBuilder::new()
+                .recursive(true)
+                .mode(0o755)
+                .create(dir)
+                .map_err(Error::file(dir, "cannot be made"))
+        };
+        make(dir)?;
+        // The marker comes first, so that a directory with anything in it is never ours without it.
         if !marker.exists() {
             std::fs::write(&marker, LAYOUT_VERSION).map_err(Error::file(&marker, "cannot be written"))?;
         }
+        make(&dir.join("blobs/sha256"))?;
         Ok(Self {
             dir: dir.to_path_buf(),
         })
