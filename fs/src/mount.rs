@@ -85,6 +85,9 @@ pub(crate) fn overlay(
     if let Some((upper, work)) = &writable {
         context.descriptor("upperdir", upper.as_fd())?;
         context.descriptor("workdir", work.as_fd())?;
+        // The writable layer is thrown away with its mount, so nothing in it is worth a sync; without this, every
+        // unmount would write out all that is dirty on the store's file system.
+        context.flag("volatile")?;
     }
     context.string("metacopy", "on")?;
     context.string("redirect_dir", "on")?;
