@@ -43,7 +43,7 @@ fn main() -> anyhow::Result<()> {
     };
     let mut comparisons = Comparisons::new("convert");
     let what = format!("{megabytes} MB");
-    comparisons.compare(&what, ("peel", &mut ours), ("pigz -6", &mut pigz))?;
+    comparisons.compare(&what, [("peel", &mut ours), ("pigz -6", &mut pigz)])?;
     comparisons.finish();
     println!("blob: {} of {megabytes} MB", size / 1_000_000);
     Ok(())

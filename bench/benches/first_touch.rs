@@ -54,8 +54,10 @@ fn main() -> anyhow::Result<()> {
         let mut next = || order.next().context("no chunk");
         comparisons.compare(
             what,
-            ("peel", &mut || lazy.touch(&targets)),
-            ("curl", &mut || curl(&url, next()?)),
+            [
+                ("peel", &mut || lazy.touch(&targets)),
+                ("curl", &mut || curl(&url, next()?)),
+            ],
         )?;
         lazy.stop();
     }

@@ -13,6 +13,9 @@ use rustix::io::pread;
 
 /// Every tenth file is read, so that a run does not take longer than all others together.
 const READ_EACH: usize = 10;
+/// Files for random reads, and their length in bytes.
+const LARGE: usize = 64;
+const LARGE_SIZE: u64 = 1 << 20;
 /// Random reads of one run.
 const RANDOM_READS: usize = 20_000;
 /// Bytes of one.
@@ -21,8 +24,7 @@ const BLOCK: usize = 4096;
 fn main() -> anyhow::Result<()> {
     let dir = peel_bench::scratch(Path::new(env!("CARGO_TARGET_TMPDIR")))?;
     let count = if measuring() { 100_000 } else { 1000 };
-    // Ten large files would be as good for random reads; that all are in one tree shows what a large tree costs.
-    let files = Files::new(count, 64, 12 << 10, Kind::Text);
+    let files = Files::new(count, 64, 2048, Kind::Text).with_large(LARGE, LARGE_SIZE);
     let tar = tar_file(dir.path(), &files)?;
     let served = Served::new(dir.path(), &tar)?;
     let host = Host::start(&dir.path().join("store"))?;
@@ -37,14 +39,17 @@ fn main() -> anyhow::Result<()> {
         .iter()
         .map(|file| CString::new(file.path.clone()))
         .collect::<Result<_, _>>()?;
+    let large = &all[count..];
     let some: Vec<CString> = all.iter().step_by(READ_EACH).cloned().collect();
     let names = files.files.len() + files.directories.len();
     let mut comparisons = Comparisons::new("warm");
     let mut compare = |what: &str, work: &dyn Fn(&Root) -> anyhow::Result<()>| {
         comparisons.compare(
             what,
-            ("peel", &mut || timed(|| work(&mounted.root))),
-            ("overlayfs", &mut || timed(|| work(&plain))),
+            [
+                ("peel", &mut || timed(|| work(&mounted.root))),
+                ("overlayfs", &mut || timed(|| work(&plain))),
+            ],
         )
     };
     let bytes: u64 = files.files.iter().step_by(READ_EACH).map(|file| file.size).sum();
@@ -52,7 +57,7 @@ fn main() -> anyhow::Result<()> {
         anyhow::ensure!(root.read_all(&some)? == bytes, "a file has another length");
         Ok(())
     })?;
-    compare("random 4 KiB reads", &|root| random_reads(root, &files, &all))?;
+    compare("random 4 KiB reads", &|root| random_reads(root, large))?;
     compare("stat of all", &|root| {
         anyhow::ensure!(root.stat_all(&all)? == files.bytes(), "a file has another length");
         Ok(())
@@ -68,23 +73,18 @@ fn main() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Reads blocks of open files, the same ones in every run.
-fn random_reads(root: &Root, files: &Files, paths: &[CString]) -> anyhow::Result<()> {
+/// Reads blocks of the large files, the same ones in every run.
+fn random_reads(root: &Root, paths: &[CString]) -> anyhow::Result<()> {
     let mut random = Random::new(3);
-    let open: Vec<_> = (0..100)
-        .map(|_| {
-            let number = usize::try_from(random.below(paths.len().try_into()?))?;
-            Ok((root.open(&paths[number])?, files.files[number].size))
-        })
-        .collect::<anyhow::Result<_>>()?;
+    let open: Vec<_> = paths
+        .iter()
+        .map(|path| root.open(path))
+        .collect::<Result<_, _>>()?;
     let mut buffer = [0; BLOCK];
-    for number in 0..RANDOM_READS {
-        let (file, size) = &open[number % open.len()];
-        let offset = random.below(*size);
-        anyhow::ensure!(
-            pread(file, &mut buffer, offset)? > 0,
-            "nothing at {offset} of {size}"
-        );
+    for file in open.iter().cycle().take(RANDOM_READS) {
+        let offset = random.below(LARGE_SIZE - 4096);
+        let count = pread(file, &mut buffer, offset)?;
+        anyhow::ensure!(count == BLOCK, "{count} bytes at {offset}");
     }
     Ok(())
 }

@@ -92,6 +92,17 @@ impl Files {
         }
     }
 
+    /// The same tree with a directory of `count` large files more, `size` bytes each.
+    #[must_use]
+    pub fn with_large(mut self, count: usize, size: u64) -> Self {
+        self.directories.push("large".to_owned());
+        self.files.extend((0..count).map(|number| File {
+            path: format!("large/file-{number:03}"),
+            size,
+        }));
+        self
+    }
+
     /// Bytes of all files.
     pub fn bytes(&self) -> u64 {
         self.files.iter().map(|file| file.size).sum()

@@ -5,6 +5,7 @@ use std::ffi::CString;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use peel_fs::{Image, LoadRequest, MountedImage, Options, PullPolicy, Service};
@@ -12,6 +13,9 @@ use peel_registry::{ClientOptions, ImageName};
 use peel_store::Store;
 use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags};
 use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags};
+
+/// How long a store may still be in use. Reading the index of a large layer takes some hundred milliseconds.
+const PATIENCE: Duration = Duration::from_secs(30);
 
 /// A service on a store of its own, and one image.
 #[derive(Debug)]
@@ -21,13 +25,22 @@ pub struct Host {
 }
 
 impl Host {
-    /// Starts one on the store in `dir`, made if it is not there.
+    /// Starts one on the store in `dir`, made if it is not there. Waits for what an earlier service has left to do in the
+    /// background: it holds the store until then.
     pub fn start(dir: &Path) -> anyhow::Result<Self> {
-        let service = Service::start(Store::open(dir)?, Options::default())?;
-        Ok(Self {
-            service,
-            store: dir.to_owned(),
-        })
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            match Service::start(Store::open(dir)?, Options::default()) {
+                Ok(service) => {
+                    let store = dir.to_owned();
+                    return Ok(Self { service, store });
+                }
+                Err(peel_fs::Error::Store(peel_store::Error::Locked { .. })) if Instant::now() < deadline => {
+                    std::thread::sleep(Duration::from_millis(10));
+                }
+                Err(error) => return Err(error.into()),
+            }
+        }
     }
 
     /// Loads an image; `eager` pulls every layer whole, so that all objects are complete.

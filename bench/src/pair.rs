@@ -11,6 +11,8 @@ use criterion::{Criterion, SamplingMode};
 const SAMPLES: usize = 10;
 /// How long each side is measured, if one sample takes no longer than a tenth of it.
 const TIME: Duration = Duration::from_secs(2);
+/// No sample lasts longer, unless a single run does.
+const SAMPLE_TIME: Duration = Duration::from_millis(500);
 /// The first run is the one that fills caches; criterion makes at least one.
 const WARM_UP: Duration = Duration::from_millis(1);
 
@@ -47,19 +49,20 @@ impl Comparisons {
         }
     }
 
-    /// Measures both sides of `what`. The first error ends the benchmark.
-    pub fn compare<'a>(&mut self, what: &str, ours: Side<'a>, baseline: Side<'a>) -> anyhow::Result<()> {
+    /// Measures the sides of `what`; the last one is the baseline of the others. The first error ends the benchmark.
+    pub fn compare<const N: usize>(&mut self, what: &str, sides: [Side<'_>; N]) -> anyhow::Result<()> {
         let mut medians = Vec::new();
         let mut group = self.criterion.benchmark_group(format!("{}/{what}", self.name));
         group.sampling_mode(SamplingMode::Flat);
-        let names = format!("{} / {}", ours.0, baseline.0);
-        for (name, run) in [ours, baseline] {
+        for (name, run) in sides {
             let times = RefCell::new(Vec::new());
             let mut failed = None;
             group.bench_function(name, |bencher| {
                 bencher.iter_custom(|count| {
-                    let mut sum = Duration::ZERO;
-                    for _ in 0..count {
+                    let (start, mut sum, mut runs) = (Instant::now(), Duration::ZERO, 0);
+                    // What does not count takes time too, which criterion does not know of.
+                    while runs < count && (runs == 0 || start.elapsed() < SAMPLE_TIME) {
+                        runs += 1;
                         match run() {
                             Ok(time) => {
                                 times.borrow_mut().push(time);
@@ -67,22 +70,26 @@ impl Comparisons {
                             }
                             Err(error) => {
                                 failed.get_or_insert(error);
+                                break;
                             }
                         }
                     }
-                    // Criterion divides by it.
-                    sum.max(Duration::from_nanos(1))
+                    // Criterion divides it by the number of runs that it asked for, and does not take zero.
+                    let mean = sum.as_secs_f64() / runs_f64(runs);
+                    Duration::from_secs_f64(mean * runs_f64(count)).max(Duration::from_nanos(1))
                 });
             });
             if let Some(error) = failed {
                 return Err(error.context(format!("{}/{what}/{name}", self.name)));
             }
-            medians.extend(median(&times.take()));
+            medians.extend(median(&times.take()).map(|time| (name, time)));
         }
         group.finish();
-        if let [ours, baseline] = *medians {
-            self.lines
-                .push(format!("{what}: {}", line(&names, ours, baseline)));
+        if let Some(((baseline, base), ours)) = medians.split_last() {
+            for (name, time) in ours {
+                let names = format!("{name} / {baseline}");
+                self.lines.push(format!("{what}: {}", line(&names, *time, *base)));
+            }
         }
         Ok(())
     }
@@ -108,11 +115,16 @@ pub fn timed<T>(work: impl FnOnce() -> anyhow::Result<T>) -> anyhow::Result<Dura
     Ok(start.elapsed())
 }
 
+/// A number of runs, of which there are never as many as a `u32` holds.
+fn runs_f64(number: u64) -> f64 {
+    u32::try_from(number).map_or(f64::from(u32::MAX), f64::from)
+}
+
 fn line(names: &str, ours: Duration, baseline: Duration) -> String {
     let (ours, baseline) = (ours.as_secs_f64(), baseline.as_secs_f64());
     let ratio = ours / baseline.max(f64::MIN_POSITIVE);
     format!(
-        "{names} = {ratio:.2} ({:.3} ms / {:.3} ms, medians)",
+        "{names} = {ratio:.3} ({:.3} ms / {:.3} ms, medians)",
         ours * 1e3,
         baseline * 1e3
     )
@@ -134,7 +146,7 @@ mod tests {
         assert_eq!(median(&[]), None);
         assert_eq!(
             line("x / y", of([2, 30, 3]), of([2, 1, 90])),
-            "x / y = 1.50 (3.000 ms / 2.000 ms, medians)"
+            "x / y = 1.500 (3.000 ms / 2.000 ms, medians)"
         );
     }
 }
