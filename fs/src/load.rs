@@ -243,10 +243,12 @@ async fn fetch(
     }
     let order = prefetch_order(&image.manifest);
     let early = begin_prefetch(job, order.as_deref(), &found);
+    let brake = Early::brake(early.as_ref());
     let mut lazy = Vec::new();
     for found in found {
-        lazy.push(tokio::spawn(loader.clone().metadata(found)));
+        lazy.push(tokio::spawn(loader.clone().metadata(found, brake.clone())));
     }
+    drop(brake);
     let (config, diff_ids) = configuration.await.map_err(|_| Error::Stopping)??;
     let mut waiting = Vec::new();
     for (position, task) in lazy.into_iter().enumerate() {
@@ -359,14 +361,18 @@ fn build(
                 image: job.image.clone(),
                 source: Box::new(source),
             })?;
-            Ok(job
+            tracing::debug!(image = %job.image, inodes = tree.inodes.len(), "layers merged");
+            let erofs = job
                 .shared
                 .engine
                 .store
-                .put_erofs_image(&record.manifest_digest, &tree)?)
+                .put_erofs_image(&record.manifest_digest, &tree)?;
+            tracing::debug!(image = %job.image, "EROFS image written");
+            Ok(erofs)
         });
         let blobs = rest.iter().map(|(_, blob)| blob.as_ref());
         register(job, &indexes, blobs, order, early);
+        tracing::debug!(image = %job.image, "layers registered");
         merged.join().unwrap_or(Err(Error::Stopping))
     })?;
     let keep = job.clone();

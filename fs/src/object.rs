@@ -425,6 +425,25 @@ impl Object {
     }
 }
 
+impl Numbered {
+    fn add(&mut self, digest: &Digest, size: u64) -> u32 {
+        if let Some(number) = self.by_digest.get(digest) {
+            return *number;
+        }
+        // Each object costs some 200 bytes of memory: four billion of them do not fit.
+        let number = u32::try_from(self.objects.len()).unwrap_or(u32::MAX);
+        self.objects.push(Arc::new(Object {
+            digest: *digest,
+            number,
+            size: AtomicU64::new(size),
+            seen: AtomicBool::new(false),
+            state: Mutex::default(),
+        }));
+        self.by_digest.insert(*digest, number);
+        number
+    }
+}
+
 /// All objects, by digest and by number.
 #[derive(Debug, Default)]
 pub(crate) struct Table(RwLock<Numbered>);
@@ -436,23 +455,12 @@ struct Numbered {
 }
 
 impl Table {
-    /// Number of the object, which is added if it is not known.
-    pub(crate) fn add(&self, digest: &Digest, size: u64) -> u32 {
+    /// Numbers of objects, in order; those that are not known are added.
+    pub(crate) fn add_all<'a>(&self, objects: impl ExactSizeIterator<Item = (&'a Digest, u64)>) -> Vec<u32> {
         let mut table = self.0.write().unwrap_or_else(std::sync::PoisonError::into_inner);
-        if let Some(number) = table.by_digest.get(digest) {
-            return *number;
-        }
-        // Each object costs some 200 bytes of memory: four billion of them do not fit.
-        let number = u32::try_from(table.objects.len()).unwrap_or(u32::MAX);
-        table.objects.push(Arc::new(Object {
-            digest: *digest,
-            number,
-            size: AtomicU64::new(size),
-            seen: AtomicBool::new(false),
-            state: Mutex::default(),
-        }));
-        table.by_digest.insert(*digest, number);
-        number
+        table.by_digest.reserve(objects.len());
+        table.objects.reserve(objects.len());
+        objects.map(|(digest, size)| table.add(digest, size)).collect()
     }
 
     /// The object of that number.
@@ -483,10 +491,10 @@ mod tests {
     fn numbers_stay_with_their_digest() {
         let table = Table::default();
         let (a, b) = (Digest::of(b"a"), Digest::of(b"b"));
-        let first = table.add(&a, 1);
-        let second = table.add(&b, 2);
+        let numbers = table.add_all([(&a, 1), (&b, 2)].into_iter());
+        let (first, second) = (numbers[0], numbers[1]);
         assert_ne!(first, second);
-        assert_eq!(table.add(&a, 99), first);
+        assert_eq!(table.add_all([(&a, 99)].into_iter()), [first]);
         assert_eq!(table.find(&a).unwrap().size(), 1, "the first size counts");
         assert_eq!(table.get(second).unwrap().digest, b);
         assert!(table.find(&Digest::EMPTY).is_none());
@@ -495,7 +503,9 @@ mod tests {
     #[test]
     fn reads_expire_at_their_deadline() {
         let table = Table::default();
-        let object = table.get(table.add(&Digest::EMPTY, 10)).unwrap();
+        let object = table
+            .get(table.add_all([(&Digest::EMPTY, 10)].into_iter())[0])
+            .unwrap();
         let now = Instant::now();
         for seconds in [1, 3] {
             lock(&object.state).waiters.push(Waiter {

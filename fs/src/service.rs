@@ -77,6 +77,11 @@ impl Sources {
         true
     }
 
+    /// Whether the image is gone.
+    pub(crate) fn is_closed(&self) -> bool {
+        lock(&self.0).closed
+    }
+
     fn close(&self, engine: &Engine) {
         let layers = {
             let mut state = lock(&self.0);
@@ -269,6 +274,8 @@ impl Shared {
             return;
         }
         self.engine.stop();
+        // Registrations that wait hold the store.
+        self.lookups.hurry();
         match mount::abort_fuse(self.fuse.mount.as_fd()) {
             Ok(()) => lock(&self.served).join(),
             Err(error) => {

@@ -11,6 +11,7 @@ use std::sync::{Arc, Mutex};
 
 use bytes::Bytes;
 use peel_registry::Blob;
+use tokio::sync::Semaphore;
 
 use super::Engine;
 use super::assemble::{Assembler, Ready};
@@ -18,13 +19,28 @@ use super::claim::Run;
 use super::decode::Lane;
 use super::layer::Layer;
 use super::prefetch::{FIRST, LARGEST};
-use super::transfer::{Permit, next};
+use super::transfer::{PREFETCH_SLOTS, Permit, next};
 use crate::lock;
 
 /// The beginning of an image's prefetch. Dropping it ends what has no layer by then.
 #[derive(Debug)]
 pub(crate) struct Early {
     layers: Vec<Arc<EarlyLayer>>,
+    throttle: Arc<Semaphore>,
+}
+
+/// While somebody holds one, early parts are requested one at a time, so that TOCs, which everything waits for, have most of
+/// the link.
+#[derive(Debug, Clone)]
+pub(crate) struct Brake(#[expect(dead_code, reason = "its drop is what counts")] Option<Arc<Release>>);
+
+#[derive(Debug)]
+struct Release(Arc<Semaphore>);
+
+impl Drop for Release {
+    fn drop(&mut self) {
+        self.0.add_permits(PREFETCH_SLOTS - 1);
+    }
 }
 
 #[derive(Debug)]
@@ -71,11 +87,17 @@ impl Early {
             .into_iter()
             .filter_map(|(layer, range)| Some((Arc::clone(layers.get(layer)?), range)))
             .collect();
-        let engine_of_task = Arc::clone(engine);
+        let throttle = Arc::new(Semaphore::new(1));
+        let (engine_of_task, throttle_of_task) = (Arc::clone(engine), Arc::clone(&throttle));
         engine
             .handle
-            .spawn(async move { engine_of_task.early(work).await });
-        Self { layers }
+            .spawn(async move { engine_of_task.early(work, throttle_of_task).await });
+        Self { layers, throttle }
+    }
+
+    /// Slows the requests down until all clones are dropped. Called once.
+    pub(crate) fn brake(early: Option<&Self>) -> Brake {
+        Brake(early.map(|early| Arc::new(Release(Arc::clone(&early.throttle)))))
     }
 
     /// The index of a layer is known: what was received of it is used from now on. Returns the end of the requested bytes;
@@ -181,11 +203,14 @@ impl EarlyLayer {
 }
 
 impl Engine {
-    async fn early(self: Arc<Self>, work: Vec<(Arc<EarlyLayer>, Range<u64>)>) {
+    async fn early(self: Arc<Self>, work: Vec<(Arc<EarlyLayer>, Range<u64>)>, throttle: Arc<Semaphore>) {
         let mut window = FIRST;
         for (layer, range) in work {
             let mut from = range.start;
             while from < range.end && !self.is_stopping() {
+                let Ok(turn) = Arc::clone(&throttle).acquire_owned().await else {
+                    return;
+                };
                 let Some(slot) = self.slot(Lane::Prefetch).await else {
                     return;
                 };
@@ -198,7 +223,7 @@ impl Engine {
                 let (engine, layer) = (Arc::clone(&self), Arc::clone(&layer));
                 self.handle.spawn(async move {
                     engine.early_part(&layer, part).await;
-                    drop(slot);
+                    drop((slot, turn));
                 });
             }
         }
@@ -208,6 +233,7 @@ impl Engine {
         let Some(permit) = self.memory(Lane::Prefetch, part.end - part.start).await else {
             return;
         };
+        tracing::trace!(layer = %early.blob.digest(), from = part.start, to = part.end, "early transfer");
         let mut offset = part.start;
         let mut body = match early.blob.stream(part).await {
             Ok(body) => body,

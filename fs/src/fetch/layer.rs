@@ -99,21 +99,31 @@ impl Stream {
 impl Layer {
     /// Lays the files of an index out by their place in the blob. Objects that the table does not know are added to it.
     pub(crate) fn new(image: u64, blob: Blob, index: &LayerIndex, table: &Table) -> Self {
-        let mut files = Vec::new();
-        for entry in &index.entries {
-            let EntryKind::Regular(content) = &entry.kind else {
-                continue;
-            };
-            let (Some(digest), true) = (content.digest, content.size > 0) else {
-                continue;
-            };
-            files.push(LayerFile {
-                object: table.add(&digest, content.size),
+        let contents: Vec<_> = index
+            .entries
+            .iter()
+            .filter_map(|entry| match &entry.kind {
+                EntryKind::Regular(content) if content.size > 0 => {
+                    Some((entry, content, content.digest.as_ref()?))
+                }
+                _ => None,
+            })
+            .collect();
+        let numbers = table.add_all(
+            contents
+                .iter()
+                .map(|(_, content, digest)| (*digest, content.size)),
+        );
+        let files: Vec<LayerFile> = contents
+            .into_iter()
+            .zip(numbers)
+            .map(|((entry, content, _), object)| LayerFile {
+                object,
                 path: entry.path.clone(),
                 list: ListId::of(content.size, &content.chunks),
                 chunks: content.chunks.clone(),
-            });
-        }
+            })
+            .collect();
         let (streams, positions) = lay_out(&files, blob.size());
         Self {
             image,

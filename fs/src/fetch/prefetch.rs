@@ -47,5 +47,6 @@ impl Engine {
                 });
             }
         }
+        tracing::debug!("all of the prefetch is requested");
     }
 }

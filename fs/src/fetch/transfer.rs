@@ -23,7 +23,7 @@ use super::layer::Layer;
 const DEMAND_SLOTS: usize = 16;
 /// Requests of a prefetch at once. A few connections fill a link that one of them, still in slow start or limited by
 /// the far end, does not; more would spread the bandwidth over bytes that are needed later.
-const PREFETCH_SLOTS: usize = 4;
+pub(super) const PREFETCH_SLOTS: usize = 4;
 /// Compressed bytes in flight for each lane, in KiB.
 const LANE_KIB: u32 = 64 << 10;
 /// Bytes of one request; a longer run (a single huge chunk) is split.
@@ -98,6 +98,7 @@ impl Engine {
     /// Fetches a run. A failure is reported and drops the claims that are left, which frees their chunks.
     pub(super) async fn transfer(self: &Arc<Self>, run: Run, lane: Lane) {
         let Run { layer, range, wanted } = run;
+        tracing::trace!(?lane, layer = %layer.digest, from = range.start, to = range.end, streams = wanted.len(), "transfer");
         let Some(permit) = self.memory(lane, range.end - range.start).await else {
             return;
         };

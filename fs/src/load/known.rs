@@ -118,6 +118,9 @@ fn register(job: &Job, manifest: &ImageManifest, record: &ImageRecord) -> Result
         .name(thread_name.to_owned())
         .spawn(move || {
             registration.wait(PATIENCE);
+            if engine.is_stopping() || sources.is_closed() {
+                return;
+            }
             let source = match engine.handle().block_on(peel_registry::Source::open(&name, &client)) {
                 Ok(source) => source,
                 Err(error) => {

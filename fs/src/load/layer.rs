@@ -11,6 +11,7 @@ use tokio::sync::{Semaphore, mpsc};
 use super::toc::TocFailure;
 use super::{Job, annotations_of, blocking, known, lazy_key, toc, whole};
 use crate::error::Error;
+use crate::fetch::early::Brake;
 use crate::fetch::layer::CHUNK_MAX;
 use crate::{LayerReport, Progress};
 
@@ -161,7 +162,7 @@ impl LayerLoader {
     }
 
     /// Gets the index without the files, if that is possible.
-    pub(super) async fn metadata(self, found: Found) -> Result<Metadata, Error> {
+    pub(super) async fn metadata(self, found: Found, brake: Brake) -> Result<Metadata, Error> {
         let (blob, digest, offset) = match found {
             Found::Whole { blob, reason } => return Ok(Metadata::Whole { blob, reason }),
             Found::Kept { blob, key, index } => return Ok(Metadata::lazy(blob, key, *index)),
@@ -169,7 +170,7 @@ impl LayerLoader {
                 blob, digest, offset, ..
             } => (blob, digest, offset),
         };
-        let toc = match toc::fetch(&blob, offset, &digest).await {
+        let toc = match toc::fetch(&blob, offset, &digest, brake).await {
             Ok(toc) => toc,
             Err(TocFailure::Registry(error)) => return Err(self.job.registry_error(error)),
             Err(TocFailure::NotLazy(reason)) => return Ok(Metadata::Whole { blob, reason }),

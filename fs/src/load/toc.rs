@@ -6,6 +6,7 @@ use peel_image::layer::LayerIndex;
 use peel_registry::Blob;
 
 use super::blocking;
+use crate::fetch::early::Brake;
 
 /// Smallest guess of the length of TOC and footer.
 const GUESS_MIN: u64 = 64 << 10;
@@ -41,8 +42,14 @@ fn not_lazy(reason: impl std::fmt::Display) -> TocFailure {
     TocFailure::NotLazy(reason.to_string())
 }
 
-/// Fetches the TOC, whose digest must be `expected`. `offset` is where the manifest says that it begins.
-pub(super) async fn fetch(blob: &Blob, offset: Option<u64>, expected: &Digest) -> Result<Toc, TocFailure> {
+/// Fetches the TOC, whose digest must be `expected`. `offset` is where the manifest says that it begins. The brake is let
+/// go when the bytes are here.
+pub(super) async fn fetch(
+    blob: &Blob,
+    offset: Option<u64>,
+    expected: &Digest,
+    brake: Brake,
+) -> Result<Toc, TocFailure> {
     let size = blob.size();
     let hinted = offset.filter(|offset| size - offset <= estargz::TOC_MEMBER_MAX);
     let start =
@@ -64,7 +71,9 @@ pub(super) async fn fetch(blob: &Blob, offset: Option<u64>, expected: &Digest) -
         member.extend_from_slice(rest);
         member
     };
+    drop(brake);
     let expected = *expected;
+    tracing::debug!(layer = %blob.digest(), bytes = member.len(), "TOC fetched");
     blocking(move || parse(&member, &location, &expected))
         .await
         .map_err(|_| TocFailure::Stopping)?
@@ -94,5 +103,6 @@ fn parse(member: &[u8], location: &TocLocation, expected: &Digest) -> Result<Toc
         )));
     }
     let index = estargz::read_index(&toc.json, location.payload_end).map_err(not_lazy)?;
+    tracing::debug!(toc = %toc.digest, entries = index.entries.len(), "TOC parsed");
     Ok(Toc { index })
 }
