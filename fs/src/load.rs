@@ -394,10 +394,19 @@ fn register<'a>(
     early: Option<&Early>,
 ) {
     let engine = &job.shared.engine;
+    let profiled = indexes.iter().any(|index| index.prefetch_end.is_some());
     let mut layers = Vec::new();
     let mut begun = Vec::new();
     for ((index, blob), position) in indexes.iter().zip(blobs).zip(0..) {
-        let layer = blob.map(|blob| Arc::new(Layer::new(job.number, blob.clone(), index, &engine.table)));
+        let layer = blob.map(|blob| {
+            Arc::new(Layer::new(
+                job.number,
+                blob.clone(),
+                index,
+                profiled,
+                &engine.table,
+            ))
+        });
         if let Some(layer) = &layer {
             job.sources.add(engine, layer);
         }

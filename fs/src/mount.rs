@@ -14,7 +14,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::Path;
 
-use rustix::fs::{Mode, OFlags, XattrFlags};
+use rustix::fs::{Mode, OFlags, StatVfsMountFlags, XattrFlags};
 use rustix::mount::{FsPickFlags, MountAttrFlags};
 
 use crate::error::Error;
@@ -178,6 +178,13 @@ pub(crate) fn forget_unused(overlay: BorrowedFd<'_>) -> io::Result<()> {
         c"",
         FsPickFlags::FSPICK_EMPTY_PATH | FsPickFlags::FSPICK_CLOEXEC,
     )?;
+    // The flags are given anew each time: without this one the kernel refuses to make the overlay writable.
+    if rustix::fs::fstatvfs(overlay)?
+        .f_flag
+        .contains(StatVfsMountFlags::RDONLY)
+    {
+        rustix::mount::fsconfig_set_flag(context.as_fd(), "ro")?;
+    }
     // Any reconfiguration shrinks the superblock's dentry cache first (fs/super.c, reconfigure_super); none is asked for.
     rustix::mount::fsconfig_reconfigure(context.as_fd())?;
     Ok(())

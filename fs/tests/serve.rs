@@ -201,6 +201,58 @@ fn an_outage_delays_reads_and_an_endless_one_fails_them() {
 }
 
 #[test]
+fn reads_that_wait_hold_nobody_up() {
+    let mut files: Vec<(String, Vec<u8>)> = (0..64)
+        .map(|number| (format!("small{number}"), noise(number, 20_000)))
+        .collect();
+    files.push(("zzz".to_owned(), noise(99, 1 << 20)));
+    let entries: Vec<(&str, &[u8])> = files
+        .iter()
+        .map(|(name, bytes)| (name.as_str(), bytes.as_slice()))
+        .collect();
+    let mut forge = Forge::new();
+    forge.image(
+        "image",
+        &Forged {
+            files: &entries,
+            chunk_size: 64 << 10,
+            ..Forged::default()
+        },
+    );
+    let registry = Registry::start(forge.path());
+    let host = Host::with(Options {
+        read_deadline: Duration::from_secs(20),
+    });
+    let mount = host.open(&registry.image("image"));
+    let mut here = [0; 4096];
+    File::open(mount.path("zzz"))
+        .unwrap()
+        .read_exact_at(&mut here, 0)
+        .unwrap();
+    registry.behaviour.down.store(true, Ordering::SeqCst);
+    let answered = std::sync::atomic::AtomicUsize::new(0);
+    thread::scope(|scope| {
+        for number in 0..64 {
+            let (mount, answered) = (&mount, &answered);
+            scope.spawn(move || {
+                let bytes = fs::read(mount.path(&format!("small{number}"))).unwrap();
+                answered.fetch_add(1, Ordering::SeqCst);
+                assert!(!bytes.is_empty());
+            });
+        }
+        thread::sleep(Duration::from_millis(300));
+        let file = File::open(mount.path("zzz")).unwrap();
+        rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed).unwrap();
+        let mut again = [0; 4096];
+        file.read_exact_at(&mut again, 0).unwrap();
+        assert!(here == again);
+        let waiting = 64 - answered.load(Ordering::SeqCst);
+        registry.behaviour.down.store(false, Ordering::SeqCst);
+        assert_eq!(waiting, 64, "all of them were waiting meanwhile");
+    });
+}
+
+#[test]
 fn a_completed_file_needs_no_daemon() {
     let registry = registry();
     let host = Host::new();

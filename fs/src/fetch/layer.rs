@@ -19,8 +19,13 @@ use crate::object::{ListId, Table};
 /// 4 MiB by default.
 pub(crate) const CHUNK_MAX: u64 = 256 << 20;
 
-/// First window of a reader that is not known to read on, in blob bytes.
-const WINDOW_MIN: u64 = 256 << 10;
+/// First window after a miss in an image without a profile, in blob bytes: the files of a package lie side by side, and a
+/// start that imports one reads many of them. Measured with `import numpy, scipy, pandas` at 500 Mbit/s and 20 ms: 127
+/// requests and 46 MB in 4.1 s with 256 KiB, 66 and 57 MB in 3.3 s with 1 MiB, 49 and 71 MB in 2.6 s with 2 MiB.
+const WINDOW_FIRST: u64 = 1 << 20;
+/// The same in an image with a profile: what is read together was put together, and the prefetch brings it. A miss is
+/// an exception then.
+const WINDOW_FIRST_PROFILED: u64 = 256 << 10;
 /// Largest window. At 500 Mbit/s and 20 ms, 1.25 MB take as long as the round trip that they save; a few of them keep
 /// the link busy without fetching much that nobody wants.
 const WINDOW_MAX: u64 = 4 << 20;
@@ -42,6 +47,7 @@ pub(crate) struct Layer {
     pub(crate) streams: Vec<Stream>,
     /// File and chunk numbers, grouped by stream, ascending by place in the stream.
     positions: Vec<Position>,
+    first_window: u64,
     cursors: Mutex<Vec<Cursor>>,
     closed: AtomicBool,
 }
@@ -97,8 +103,8 @@ impl Stream {
 }
 
 impl Layer {
-    /// Lays the files of an index out by their place in the blob. Objects that the table does not know are added to it.
-    pub(crate) fn new(image: u64, blob: Blob, index: &LayerIndex, table: &Table) -> Self {
+    /// Lays the files of an index out by their place in the blob. `profiled`: the image has prioritized files. Objects that the table does not know are added to it.
+    pub(crate) fn new(image: u64, blob: Blob, index: &LayerIndex, profiled: bool, table: &Table) -> Self {
         let contents: Vec<_> = index
             .entries
             .iter()
@@ -132,6 +138,11 @@ impl Layer {
             files,
             streams,
             positions,
+            first_window: if profiled {
+                WINDOW_FIRST_PROFILED
+            } else {
+                WINDOW_FIRST
+            },
             cursors: Mutex::default(),
             closed: AtomicBool::new(false),
         }
@@ -174,7 +185,7 @@ impl Layer {
         });
         let window = match known {
             Some(position) => (cursors.remove(position).window * 2).min(WINDOW_MAX),
-            None => WINDOW_MIN,
+            None => self.first_window,
         };
         if cursors.len() >= CURSORS {
             cursors.remove(0);

@@ -7,13 +7,16 @@ use std::time::Duration;
 use oci_spec::image::{Descriptor, ImageManifest};
 use peel_image::Digest;
 use peel_image::layer::{EntryKind, LayerIndex};
+use peel_registry::{Blob, Source};
 use peel_store::{ImageRecord, Store};
 
 use super::{Job, Loaded, order, prefetch_order, start_prefetch};
-use crate::LayerReport;
 use crate::error::Error;
+use crate::fetch::Engine;
 use crate::fetch::layer::Layer;
 use crate::object_fs::Registration;
+use crate::service::Sources;
+use crate::{LayerReport, LoadRequest};
 
 /// How long the indexes of a known image are left alone while no read needs them. Reading them costs some ten milliseconds
 /// of one core, which a start from a full store has better use for.
@@ -98,70 +101,123 @@ pub(super) fn is_here(store: &Store, index: &LayerIndex) -> bool {
 /// Reads the indexes in a thread of its own, as soon as a lookup needs them.
 fn register(job: &Job, manifest: &ImageManifest, record: &ImageRecord) -> Result<(), Error> {
     let registration = Registration::begin(&job.shared.lookups, &job.shared.engine);
-    let layers: Vec<(Descriptor, Digest)> = manifest
-        .layers()
-        .iter()
-        .cloned()
-        .zip(record.layers.iter().copied())
-        .collect();
-    let order = prefetch_order(manifest);
-    // The image may be gone before its layers are known: the thread must not keep the service alive.
-    let engine = Arc::clone(&job.shared.engine);
-    let (sources, number, image) = (Arc::clone(&job.sources), job.number, job.image.clone());
-    let (name, client, prefetch) = (
-        job.request.name.clone(),
-        job.request.client.clone(),
-        job.request.prefetch,
-    );
-    let thread_name = "peel-register";
+    let deferred = Deferred {
+        engine: Arc::clone(&job.shared.engine),
+        sources: Arc::clone(&job.sources),
+        request: Arc::clone(&job.request),
+        number: job.number,
+        image: job.image.clone(),
+        layers: manifest
+            .layers()
+            .iter()
+            .cloned()
+            .zip(record.layers.iter().copied())
+            .collect(),
+        order: prefetch_order(manifest),
+    };
+    let name = "peel-register";
     thread::Builder::new()
-        .name(thread_name.to_owned())
+        .name(name.to_owned())
         .spawn(move || {
             registration.wait(PATIENCE);
-            if engine.is_stopping() || sources.is_closed() {
-                return;
-            }
-            let source = match engine.handle().block_on(peel_registry::Source::open(&name, &client)) {
-                Ok(source) => source,
-                Err(error) => {
-                    tracing::warn!(%image, %error, "files of this image that are not in the store cannot be read");
-                    return;
-                }
-            };
-            engine.count(source.counters());
-            let mut known: Vec<Option<Arc<Layer>>> = Vec::new();
-            let mut ends = Vec::new();
-            for (descriptor, key) in &layers {
-                let layer = match (engine.store.layer(key), source.blob(descriptor)) {
-                    (Ok(Some(index)), Ok(blob)) => {
-                        ends.push(index.prefetch_end);
-                        Some(Arc::new(Layer::new(number, blob, &index, &engine.table)))
-                    }
-                    (index, blob) => {
-                        let reason = match (index, blob) {
-                            (Err(error), _) => error.to_string(),
-                            (_, Err(error)) => error.to_string(),
-                            _ => "its index is not in the store".to_owned(),
-                        };
-                        tracing::warn!(%image, layer = %descriptor.digest(), reason, "missing files of this layer cannot be read");
-                        ends.push(None);
-                        None
-                    }
-                };
-                if layer.as_ref().is_some_and(|layer| !sources.add(&engine, layer)) {
-                    return;
-                }
-                known.push(layer);
-            }
+            let layers = deferred.register();
             drop(registration);
-            if prefetch {
-                let plan = order::plan(order.as_deref(), &ends, &vec![0; ends.len()]);
-                start_prefetch(&engine, &known, plan);
-            }
+            deferred.prefetch(&layers);
         })
         .map(drop)
         .map_err(|source| Error::Thread {
-            name: thread_name.to_owned(),
+            name: name.to_owned(),
             source,
         })
+}
+
+/// A registration that waits for its time. The image may be gone by then, and so may the service: this keeps neither
+/// alive.
+struct Deferred {
+    engine: Arc<Engine>,
+    sources: Arc<Sources>,
+    request: Arc<LoadRequest>,
+    number: u64,
+    image: String,
+    /// Descriptor, and name of the index in the store.
+    layers: Vec<(Descriptor, Digest)>,
+    order: Option<String>,
+}
+
+/// A layer, and the end of its prioritized bytes.
+type Known = (Option<Arc<Layer>>, Option<u64>);
+
+impl Deferred {
+    /// Makes the layers available; none when nobody wants them any more.
+    fn register(&self) -> Vec<Known> {
+        if self.engine.is_stopping() || self.sources.is_closed() {
+            return Vec::new();
+        }
+        let image = &self.image;
+        let opening = Source::open(&self.request.name, &self.request.client);
+        let source = match self.engine.handle().block_on(opening) {
+            Ok(source) => source,
+            Err(error) => {
+                tracing::warn!(%image, %error, "files of this image that are not in the store cannot be read");
+                return Vec::new();
+            }
+        };
+        self.engine.count(source.counters());
+        let indexes: Vec<Option<(LayerIndex, Blob)>> = self
+            .layers
+            .iter()
+            .map(|(descriptor, key)| match self.index(&source, descriptor, key) {
+                Ok(found) => Some(found),
+                Err(reason) => {
+                    let layer = descriptor.digest();
+                    tracing::warn!(%image, %layer, reason, "missing files of this layer cannot be read");
+                    None
+                }
+            })
+            .collect();
+        let profiled = indexes
+            .iter()
+            .flatten()
+            .any(|(index, _)| index.prefetch_end.is_some());
+        let mut known = Vec::new();
+        for found in indexes {
+            let Some((index, blob)) = found else {
+                known.push((None, None));
+                continue;
+            };
+            let layer = Arc::new(Layer::new(
+                self.number,
+                blob,
+                &index,
+                profiled,
+                &self.engine.table,
+            ));
+            if !self.sources.add(&self.engine, &layer) {
+                return Vec::new();
+            }
+            known.push((Some(layer), index.prefetch_end));
+        }
+        known
+    }
+
+    fn index(
+        &self,
+        source: &Source,
+        descriptor: &Descriptor,
+        key: &Digest,
+    ) -> Result<(LayerIndex, Blob), String> {
+        let index = self.engine.store.layer(key).map_err(|error| error.to_string())?;
+        let index = index.ok_or("its index is not in the store")?;
+        let blob = source.blob(descriptor).map_err(|error| error.to_string())?;
+        Ok((index, blob))
+    }
+
+    fn prefetch(&self, known: &[Known]) {
+        if !self.request.prefetch || known.is_empty() {
+            return;
+        }
+        let (layers, ends): (Vec<_>, Vec<_>) = known.iter().cloned().unzip();
+        let plan = order::plan(self.order.as_deref(), &ends, &vec![0; ends.len()]);
+        start_prefetch(&self.engine, &layers, plan);
+    }
 }
