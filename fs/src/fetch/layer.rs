@@ -103,7 +103,8 @@ impl Stream {
 }
 
 impl Layer {
-    /// Lays the files of an index out by their place in the blob. `profiled`: the image has prioritized files. Objects that the table does not know are added to it.
+    /// Lays the files of an index out by their place in the blob. Objects that the table does not know are added to it.
+    /// `profiled`: the image has prioritized files.
     pub(crate) fn new(image: u64, blob: Blob, index: &LayerIndex, profiled: bool, table: &Table) -> Self {
         let contents: Vec<_> = index
             .entries
