@@ -67,6 +67,10 @@ impl Client {
                     return Ok(client);
                 }
                 start(&store, global)?;
+                // It said that it accepts connections.
+                if let Attempt::Connected(client) = attempt(&run_dir, &store)? {
+                    return Ok(client);
+                }
             }
             std::thread::sleep(PAUSE.min(left));
         }
