@@ -10,7 +10,7 @@ use peel_bench::files::{Files, Kind};
 use peel_bench::image::tar_file;
 use peel_bench::measuring;
 use peel_bench::pair::{Comparisons, timed};
-use peel_image::estargz;
+use peel_image::write;
 
 fn main() -> anyhow::Result<()> {
     let dir = peel_bench::scratch(Path::new(env!("CARGO_TARGET_TMPDIR")))?;
@@ -22,8 +22,8 @@ fn main() -> anyhow::Result<()> {
     let mut ours = || {
         let (input, spool) = (File::open(&tar)?, tempfile::tempfile_in(dir.path())?);
         timed(|| {
-            let options = estargz::Options::default();
-            let written = estargz::write(BufReader::new(input), spool, sink(), &options)?;
+            let options = write::Options::default();
+            let written = write::write(BufReader::new(input), spool, sink(), &options)?;
             anyhow::ensure!(written.entries > 0, "an empty blob");
             size = written.blob_size;
             Ok(())

@@ -7,8 +7,8 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 use peel::demo::registry::Registry;
-use peel_image::estargz::{self, Written};
-use peel_image::{annotations, media};
+use peel_image::media;
+use peel_image::write::{self, Written};
 use peel_registry::ImageName;
 use serde_json::json;
 
@@ -41,8 +41,8 @@ impl Served {
         let blob = dir.join("layer.tar.gz");
         let input = BufReader::with_capacity(1 << 20, File::open(tar)?);
         let output = BufWriter::new(File::create(&blob)?);
-        let options = estargz::Options::default();
-        let layer = estargz::write(input, tempfile::tempfile_in(dir)?, output, &options)?;
+        let options = write::Options::default();
+        let layer = write::write(input, tempfile::tempfile_in(dir)?, output, &options)?;
         let content = registry.content();
         content.put_blob_from(File::open(&blob)?)?;
         std::fs::remove_file(&blob)?;
@@ -66,14 +66,10 @@ impl Served {
                 "size": config.len(),
             },
             "layers": [{
-                "mediaType": media::OCI_LAYER_GZIP,
+                "mediaType": layer.media_type,
                 "digest": layer.blob_digest.to_string(),
                 "size": layer.blob_size,
-                "annotations": {
-                    annotations::TOC_DIGEST: layer.toc_digest.to_string(),
-                    annotations::TOC_OFFSET: layer.toc_offset.to_string(),
-                    annotations::UNCOMPRESSED_SIZE: layer.uncompressed_size.to_string(),
-                },
+                "annotations": layer.annotations,
             }],
         })
         .to_string();

@@ -7,28 +7,22 @@
 //! ```
 //!
 //! The whole blob is an ordinary `.tar.gz`. Reading goes [`locate`] (the blob's tail), [`extract_toc`] (its TOC member; the
-//! digest of the JSON is what the manifest vouches for), [`read_index`]. Writing is [`write`](fn@write). The format is specified in
+//! digest of the JSON is what the manifest vouches for), [`read_index`]. Writing is [`crate::write`]. The format is specified in
 //! stargz-snapshotter, `docs/estargz.md` and `docs/stargz-estargz.md`.
 //!
 //! * [`footer`]: the three footers. * [`toc`]: the JSON as it stands, and the member that holds it.
 //! * [`index`]: JSON to [`LayerIndex`](crate::layer::LayerIndex), everything checked.
-//! * [`order`]: which entry comes when. * [`writer`]: tar stream in, blob out.
 
 pub mod footer;
 pub mod index;
-pub mod order;
-mod pool;
-mod spool;
 #[cfg(test)]
-mod testing;
-mod time;
+pub(crate) mod testing;
+pub(crate) mod time;
 pub mod toc;
-pub mod writer;
 
 pub use footer::{FooterError, TocLocation, locate};
 pub use index::read_index;
 pub use toc::{TocBytes, TocError, extract_toc};
-pub use writer::{Options, WriteError, Written, write};
 
 use crate::path::EntryPath;
 

@@ -3,7 +3,7 @@
 //! * [`digest`]: content addresses (sha256).
 //! * [`layer`]: the format-independent model of one layer: entries, file chunks and where they lie in the blob.
 //! * [`tar`]: reading and writing tar streams; [`compression`]: telling and undoing gzip and zstd.
-//! * [`estargz`]: footers, TOC, the writer and the order of prioritized files.
+//! * [`estargz`]: footers and TOC. * [`mod@write`]: layers written in every format.
 //! * [`tree`]: layers merged into one file tree (whiteouts applied).
 //! * [`profile`]: what an image touched while it started.
 //! * [`annotations`], [`media`]: names that stand in manifests.
@@ -21,5 +21,6 @@ pub mod path;
 pub mod profile;
 pub mod tar;
 pub mod tree;
+pub mod write;
 
 pub use digest::{Digest, Hasher};

@@ -21,9 +21,10 @@ use anyhow::{Context, bail};
 use bytes::Bytes;
 use futures::{StreamExt, TryStreamExt};
 use oci_spec::image::Descriptor;
-use peel_image::estargz::{self, Options, Written};
+use peel_image::estargz;
 use peel_image::layer::{ChunkSource, EntryKind, LayerIndex};
 use peel_image::path::EntryPath;
+use peel_image::write::{self, Format, Options, Written};
 use peel_image::{Digest, annotations, compression, media};
 use peel_registry::{Blob, ResolvedImage, Source, Target, Upload};
 use tokio::runtime::Handle;
@@ -209,11 +210,16 @@ impl Conversion<'_> {
 
     async fn rewrite(&self, blob: &Blob, first: &[&Prioritized]) -> anyhow::Result<Done> {
         let options = Options {
-            chunk_size: self.settings.chunk_size,
-            level: self.settings.level,
+            format: Format::Estargz {
+                chunk_size: self.settings.chunk_size,
+                min_chunk_size: 0,
+                level: self.settings.level,
+                external_toc: false,
+                keep_diff_id: false,
+            },
             prioritized: first.iter().map(|file| file.path.as_bytes().to_vec()).collect(),
             // Many builders leave parent directories out of upper layers; their files must come first all the same.
-            orphans: estargz::order::Orphans::Move,
+            orphans: write::order::Orphans::Move,
             threads: 0,
         };
         let stream = layers::reader(blob, &Handle::current()).await?;
@@ -251,6 +257,9 @@ impl Conversion<'_> {
             .push_blob(written.blob_digest, written.blob_size, Upload::File(path))
             .await?;
         drop(file);
+        let (Some(toc_digest), Some(toc_offset)) = (written.toc_digest, written.toc_offset) else {
+            bail!("the layer was written without a TOC");
+        };
         let moved = first.len().saturating_sub(written.not_found.len());
         let prefetch_end = written.prefetch_end.filter(|_| moved > 0);
         Ok(Done {
@@ -258,8 +267,8 @@ impl Conversion<'_> {
                 digest: written.blob_digest,
                 size: written.blob_size,
                 diff_id: written.diff_id,
-                toc_digest: written.toc_digest,
-                toc_offset: written.toc_offset,
+                toc_digest,
+                toc_offset,
                 uncompressed_size: Some(written.uncompressed_size),
                 prefetch_end,
             },
@@ -286,7 +295,7 @@ fn write(stream: impl Read + Send + 'static, options: &Options) -> anyhow::Resul
     // Without a name, so that nothing is left when this process is killed.
     let spool = tempfile::tempfile_in(&dir).with_context(temporary)?;
     let file = tempfile::tempfile_in(&dir).with_context(temporary)?;
-    let written = estargz::write(tar, spool, BufWriter::new(&file), options)?;
+    let written = write::write(tar, spool, BufWriter::new(&file), options)?;
     Ok((file, written))
 }
 
@@ -313,7 +322,7 @@ impl<R: Read> Read for Counted<R> {
 
 /// The index of the blob that was just written, from the blob itself.
 fn read_back(mut file: &File, written: &Written) -> anyhow::Result<LayerIndex> {
-    file.seek(SeekFrom::Start(written.toc_offset))
+    file.seek(SeekFrom::Start(written.toc_offset.unwrap_or(0)))
         .context("temporary file")?;
     let mut tail = Vec::new();
     file.take(estargz::TOC_MEMBER_MAX)

@@ -12,7 +12,7 @@ use flate2::write::GzEncoder;
 use peel::demo::registry::Registry;
 use peel_image::Digest;
 use peel_image::annotations::TOC_DIGEST;
-use peel_image::estargz;
+use peel_image::{estargz, write};
 use serde_json::{Value, json};
 
 /// Size of a tar record.
@@ -130,17 +130,23 @@ impl Layer {
 
     /// An eStargz layer with chunks of this many bytes, 0 for the default; `first` are prioritized.
     pub fn estargz(tar: &[u8], chunk_size: u64, first: &[&str]) -> Self {
-        let options = estargz::Options {
-            chunk_size,
+        let options = write::Options {
+            format: write::Format::Estargz {
+                chunk_size,
+                min_chunk_size: 0,
+                level: write::DEFAULT_GZIP_LEVEL,
+                external_toc: false,
+                keep_diff_id: false,
+            },
             prioritized: first.iter().map(|path| path.as_bytes().to_vec()).collect(),
-            ..estargz::Options::default()
+            ..write::Options::default()
         };
         let mut blob = Vec::new();
-        let written = estargz::write(tar, Cursor::new(Vec::new()), &mut blob, &options).unwrap();
+        let written = write::write(tar, Cursor::new(Vec::new()), &mut blob, &options).unwrap();
         Self {
             blob,
             diff_id: written.diff_id,
-            toc: Some(written.toc_digest),
+            toc: written.toc_digest,
         }
     }
 

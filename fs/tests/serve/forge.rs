@@ -6,10 +6,11 @@ use std::path::Path;
 
 use flate2::Compression;
 use flate2::write::GzEncoder;
-use peel_image::estargz::{self, Options, TOC_NAME, footer};
+use peel_image::estargz::{self, TOC_NAME, footer};
 use peel_image::layer::Metadata;
 use peel_image::tar::TarKind;
 use peel_image::tar::write::{NewEntry, Writer};
+use peel_image::write::{DEFAULT_GZIP_LEVEL, Format, Options, write};
 use peel_image::{Digest, annotations, media};
 use serde_json::{Value, json};
 
@@ -61,7 +62,13 @@ impl Forge {
     pub(crate) fn image(&mut self, tag: &str, forged: &Forged<'_>) {
         let mut blob = Vec::new();
         let options = Options {
-            chunk_size: forged.chunk_size,
+            format: Format::Estargz {
+                chunk_size: forged.chunk_size,
+                min_chunk_size: 0,
+                level: DEFAULT_GZIP_LEVEL,
+                external_toc: false,
+                keep_diff_id: false,
+            },
             prioritized: forged
                 .prioritized
                 .iter()
@@ -69,7 +76,7 @@ impl Forge {
                 .collect(),
             ..Options::default()
         };
-        let mut written = estargz::write(
+        let mut written = write(
             tar(forged.files).as_slice(),
             Cursor::new(Vec::new()),
             &mut blob,
@@ -77,12 +84,13 @@ impl Forge {
         )
         .unwrap();
         if let Some((path, digest)) = &forged.lie {
-            (blob, written.toc_digest) = lie(&blob, path, digest);
+            let (lying, toc) = lie(&blob, path, digest);
+            (blob, written.toc_digest) = (lying, Some(toc));
         }
         let mut layer = self.blob(&blob, media::OCI_LAYER_GZIP);
-        let mut notes = json!({annotations::TOC_DIGEST: written.toc_digest.to_string()});
+        let mut notes = json!({annotations::TOC_DIGEST: written.toc_digest.unwrap().to_string()});
         if forged.hints {
-            notes[annotations::TOC_OFFSET] = json!(written.toc_offset.to_string());
+            notes[annotations::TOC_OFFSET] = json!(written.toc_offset.unwrap().to_string());
             if let Some(end) = written.prefetch_end {
                 notes[annotations::PREFETCH_END] = json!(end.to_string());
             }

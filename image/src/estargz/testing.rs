@@ -11,20 +11,20 @@ use crate::digest::Digest;
 use crate::layer::{Chunk, ChunkSource, Encoding, LayerIndex};
 
 /// A layer blob of the vectors.
-pub(super) struct VectorLayer {
-    pub(super) blob: Vec<u8>,
+pub(crate) struct VectorLayer {
+    pub(crate) blob: Vec<u8>,
     /// The digest of its annotation; that of nothing where there is no annotation.
-    pub(super) toc_digest: Digest,
+    pub(crate) toc_digest: Digest,
 }
 
 impl VectorLayer {
     /// Goes the whole way from the footer to the index.
-    pub(super) fn open(&self) -> (TocBytes, LayerIndex) {
+    pub(crate) fn open(&self) -> (TocBytes, LayerIndex) {
         open(&self.blob)
     }
 }
 
-pub(super) fn open(blob: &[u8]) -> (TocBytes, LayerIndex) {
+pub(crate) fn open(blob: &[u8]) -> (TocBytes, LayerIndex) {
     let location = locate(blob, blob.len() as u64).unwrap();
     let start = usize::try_from(location.payload_end).unwrap();
     let end = start + usize::try_from(location.toc_size).unwrap();
@@ -45,7 +45,7 @@ fn vectors() -> PathBuf {
 }
 
 /// The layers of one image of the vectors, lowest first.
-pub(super) fn layers(tag: &str) -> Vec<VectorLayer> {
+pub(crate) fn layers(tag: &str) -> Vec<VectorLayer> {
     let oci = vectors().join("oci");
     let blob = |digest: &Value| {
         let digest = digest.as_str().unwrap().replace(':', "/");
@@ -68,7 +68,7 @@ pub(super) fn layers(tag: &str) -> Vec<VectorLayer> {
 }
 
 /// The uncompressed bytes of a chunk.
-pub(super) fn decode(blob: &[u8], chunk: &Chunk) -> Vec<u8> {
+pub(crate) fn decode(blob: &[u8], chunk: &Chunk) -> Vec<u8> {
     let ChunkSource::Blob {
         offset,
         compressed_size,

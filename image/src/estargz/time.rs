@@ -13,7 +13,7 @@ const EPOCH: i64 = 719_468;
 const YEAR_DIGITS: usize = 12;
 
 /// Formats a time as upstream does: rounded to whole seconds (half a second up), UTC; empty for the second of the epoch.
-pub(super) fn format(seconds: i64, nanoseconds: u32) -> String {
+pub(crate) fn format(seconds: i64, nanoseconds: u32) -> String {
     if seconds == 0 {
         return String::new();
     }
@@ -31,7 +31,7 @@ pub(super) fn format(seconds: i64, nanoseconds: u32) -> String {
 
 /// Parses a time to seconds and nanoseconds since the epoch; `None` if the text is not RFC 3339. Years may have more than
 /// four digits and a sign, which [`format`] needs for the times that tar can hold.
-pub(super) fn parse(text: &str) -> Option<(i64, u32)> {
+pub(crate) fn parse(text: &str) -> Option<(i64, u32)> {
     let (negative, rest) = match text.strip_prefix('-') {
         Some(rest) => (true, rest),
         None => (false, text),

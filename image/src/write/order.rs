@@ -11,7 +11,7 @@
 
 use std::collections::HashMap;
 
-use super::is_reserved;
+use crate::estargz::is_reserved;
 use crate::path::EntryPath;
 
 /// What the order depends on, for each entry of the input.

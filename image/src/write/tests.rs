@@ -59,6 +59,16 @@ fn tar_of(entries: &[Made]) -> Vec<u8> {
     writer.finish().unwrap()
 }
 
+fn estargz(chunk_size: u64, level: i32) -> Format {
+    Format::Estargz {
+        chunk_size,
+        min_chunk_size: 0,
+        level,
+        external_toc: false,
+        keep_diff_id: false,
+    }
+}
+
 fn convert(tar: &[u8], options: &Options) -> (Vec<u8>, Written) {
     let mut blob = Vec::new();
     let written = write(tar, tempfile::tempfile().unwrap(), &mut blob, options).unwrap();
@@ -92,9 +102,9 @@ fn list(tar: &[u8]) -> Vec<(tar::TarEntry, Vec<u8>)> {
 /// Everything that must hold of any blob that was written.
 fn check(blob: &[u8], written: &Written) {
     let location = locate(blob, blob.len() as u64).unwrap();
-    assert_eq!(location.payload_end, written.toc_offset);
+    assert_eq!(Some(location.payload_end), written.toc_offset);
     let (toc, index) = testing::open(blob);
-    assert_eq!(toc.digest, written.toc_digest);
+    assert_eq!(Some(toc.digest), written.toc_digest);
     assert_eq!(index.prefetch_end, written.prefetch_end);
     assert_eq!(Digest::of(blob), written.blob_digest);
     assert_eq!(blob.len() as u64, written.blob_size);
@@ -169,7 +179,7 @@ fn the_output_does_not_depend_on_the_number_of_threads() {
     let tar = tar_of(&sample());
     for list in [vec![], prioritized(&["usr/f7", "usr/link"])] {
         let options = |threads| Options {
-            chunk_size: 100_000,
+            format: estargz(100_000, DEFAULT_GZIP_LEVEL),
             prioritized: list.clone(),
             threads,
             ..Options::default()
@@ -190,7 +200,7 @@ fn a_file_larger_than_all_work_in_flight() {
     let content = noise(100_003, 4).repeat(500);
     let tar = tar_of(&[file("a", b"a"), file("big", &content), file("z", b"z")]);
     let options = Options {
-        chunk_size: 1 << 20,
+        format: estargz(1 << 20, DEFAULT_GZIP_LEVEL),
         prioritized: prioritized(&["z"]),
         threads: 1,
         ..Options::default()
@@ -216,7 +226,7 @@ fn a_blob_converts_to_itself() {
 fn chunk_sizes_stand_in_the_toc_as_upstream_writes_them() {
     let tar = tar_of(&sample());
     let options = Options {
-        chunk_size: 100_000,
+        format: estargz(100_000, DEFAULT_GZIP_LEVEL),
         ..Options::default()
     };
     let (blob, _) = convert(&tar, &options);
@@ -374,7 +384,7 @@ fn upstreams_tool_and_this_one_write_the_same_toc() {
         ("esgz-chunk64k", vec![], 65_536),
     ] {
         let options = Options {
-            chunk_size,
+            format: estargz(chunk_size, DEFAULT_GZIP_LEVEL),
             prioritized,
             ..Options::default()
         };
@@ -425,8 +435,7 @@ fn bad_input_and_bad_options_are_errors() {
     unknown[156] = b'Z';
     assert!(matches!(fails(&unknown, &good), WriteError::Tar(_)));
     let options = |chunk_size, level| Options {
-        chunk_size,
-        level,
+        format: estargz(chunk_size, level),
         ..Options::default()
     };
     assert!(matches!(
@@ -434,7 +443,10 @@ fn bad_input_and_bad_options_are_errors() {
         WriteError::ChunkSize(_)
     ));
     for level in [-1, 0, 13] {
-        assert!(matches!(fails(&tar, &options(0, level)), WriteError::Level(_)));
+        assert!(matches!(
+            fails(&tar, &options(0, level)),
+            WriteError::Level { .. }
+        ));
     }
 
     let mut writer = tar::write::Writer::new(Vec::new());
@@ -518,8 +530,7 @@ proptest! {
             .collect();
         let tar = tar_of(&made);
         let options = Options {
-            chunk_size: if chunk_size > 0 && chunk_size < 64 { 64 } else { chunk_size },
-            level,
+            format: estargz(if chunk_size > 0 && chunk_size < 64 { 64 } else { chunk_size }, level),
             prioritized: paths.iter().map(|path| path.clone().into_bytes()).collect(),
             threads,
             ..Options::default()

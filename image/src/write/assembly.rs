@@ -8,10 +8,10 @@ use std::thread::{self, ScopedJoinHandle};
 use crossbeam_channel::{Sender, bounded};
 use libdeflater::{CompressionLvl, Compressor, Decompressor};
 
+use super::pool::Pool;
+use super::spool::{Place, Record, SpoolReader};
 use super::{Settings, WriteError, append_member};
 use crate::digest::{Digest, Hasher};
-use crate::estargz::pool::Pool;
-use crate::estargz::spool::{Place, Record, SpoolReader};
 use crate::estargz::{TOC_JSON_MAX, TOC_NAME, footer};
 use crate::layer::Metadata;
 use crate::tar::write::{END_OF_ARCHIVE, NewEntry, encode_header, padding};
@@ -72,11 +72,10 @@ where
             let mut decompressor = Decompressor::new();
             move |pieces| finish_pieces(&mut compressor, &mut decompressor, pieces)
         };
-        let pool =
-            Pool::start(scope, "estargz-join", settings.threads, worker).map_err(WriteError::Thread)?;
+        let pool = Pool::start(scope, "layer-join", settings.threads, worker).map_err(WriteError::Thread)?;
         let (unhashed, buffers) = bounded::<Vec<u8>>(UNHASHED);
         let hasher = thread::Builder::new()
-            .name("estargz-diffid".to_owned())
+            .name("layer-diffid".to_owned())
             .spawn_scoped(scope, move || {
                 let mut hasher = Hasher::new();
                 let mut size = 0;

@@ -7,11 +7,11 @@ use std::io::{Read, Seek, Write};
 use base64::Engine as _;
 use libdeflater::Compressor;
 
+use super::pool::Pool;
+use super::spool::{Place, Record, Spool};
 use super::{Settings, WriteError, append_member};
 use crate::digest::{Digest, Hasher};
 use crate::estargz::index::RECORDS_MAX;
-use crate::estargz::pool::Pool;
-use crate::estargz::spool::{Place, Record, Spool};
 use crate::estargz::toc::TocEntry;
 use crate::estargz::{LANDMARK_CONTENT, NO_PREFETCH_LANDMARK, PREFETCH_LANDMARK, is_reserved, time};
 use crate::layer::{Device, Metadata};
@@ -84,8 +84,7 @@ where
             let mut compressor = Compressor::new(level);
             move |batch: Batch| pack(&mut compressor, &batch)
         };
-        let pool =
-            Pool::start(scope, "estargz-pack", settings.threads, worker).map_err(WriteError::Thread)?;
+        let pool = Pool::start(scope, "layer-pack", settings.threads, worker).map_err(WriteError::Thread)?;
         let mut intake = Running {
             spool,
             chunk_size: settings.chunk_size,
