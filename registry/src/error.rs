@@ -86,6 +86,19 @@ pub enum Error {
         /// What is wrong with the answer.
         reason: String,
     },
+    /// A registry that has lost the beginning of an upload which is not kept anywhere else.
+    #[error(
+        "{place}: {what}: the registry has lost the upload after a broken connection ({reason}); it has to be sent again from its \
+         beginning"
+    )]
+    UploadLost {
+        /// Where.
+        place: Arc<Place>,
+        /// Which upload.
+        what: String,
+        /// What the registry said.
+        reason: String,
+    },
     /// Credentials are configured but cannot be used.
     #[error("credentials for {registry}: {reason}")]
     Credentials {

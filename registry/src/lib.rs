@@ -28,5 +28,5 @@ pub use options::{ClientOptions, Counters};
 pub use source::Source;
 pub use source::blob::Blob;
 pub use source::resolve::{ResolvedImage, ResolvedIndex};
-pub use target::{Target, Upload};
+pub use target::{BlobUpload, Target, Upload};
 pub use transfer::ByteStream;

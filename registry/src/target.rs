@@ -2,6 +2,7 @@
 //! manifest in that order; a blob that is there already is not sent again.
 
 mod push;
+mod upload;
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -20,6 +21,7 @@ use crate::source::blocking;
 use crate::transfer::ByteStream;
 use crate::transfer::file::Stretch;
 use push::Push;
+pub use upload::BlobUpload;
 
 /// Bytes on their way into a target.
 pub(crate) type ByteSource = BoxStream<'static, Result<Bytes, Error>>;
@@ -142,9 +144,18 @@ impl Target {
         }
     }
 
-    /// Sends a blob of known digest and size; `false` if it was there already and nothing was sent. The receiver checks the digest.
+    /// Sends a blob of known digest and size; `false` if it was there already and nothing was sent. A blob of another repository of
+    /// the same registry is taken over from there if the registry allows it (cross-repository mount), which counts as there
+    /// already. The receiver checks the digest.
     pub async fn push_blob(&self, digest: Digest, size: u64, upload: Upload) -> Result<bool, Error> {
         if self.has_blob(&digest, size).await? {
+            return Ok(false);
+        }
+        if let (Home::Registry(push), Upload::Blob(blob)) = (&self.home, &upload)
+            && blob.digest() == digest
+            && let Some(from) = blob.repository_in(push.registry())
+            && push.mount_or_not(&digest, from).await
+        {
             return Ok(false);
         }
         match &self.home {

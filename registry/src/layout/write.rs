@@ -81,66 +81,30 @@ impl LayoutWriter {
             .is_ok_and(|metadata| metadata.is_file() && metadata.len() == size)
     }
 
+    /// Begins a blob whose digest is not known yet. Blocks on the disk.
+    pub(crate) fn begin(&self) -> Result<GrowingBlob, Error> {
+        let dir = self.dir.join("blobs/sha256");
+        let file = NamedTempFile::new_in(&dir).map_err(Error::file(dir, "cannot be written"))?;
+        Ok(GrowingBlob {
+            writer: self.clone(),
+            parts: Some((file, Hasher::new())),
+            size: 0,
+            waiting: Vec::new(),
+            gathered: 0,
+        })
+    }
+
     /// Writes a blob from a stream, checks it, and names it.
     pub(crate) async fn put(&self, digest: Digest, size: u64, mut stream: ByteSource) -> Result<(), Error> {
-        let dir = self.dir.join("blobs/sha256");
-        let path = self.blob_path(&digest);
-        let place = self.dir.display().to_string();
-        let failed = path.clone();
-        let mut file =
-            blocking(move || NamedTempFile::new_in(&dir).map_err(Error::file(dir, "cannot be written")))
-                .await?;
-        let (mut hasher, mut received) = (Hasher::new(), 0_u64);
-        let mut pieces: Vec<Bytes> = Vec::new();
-        let mut gathered = 0;
-        loop {
-            let part = stream.try_next().await?;
-            let last = part.is_none();
-            if let Some(part) = part {
-                received += part.len() as u64;
-                gathered += part.len();
-                pieces.push(part);
-            }
-            if received > size {
-                break;
-            }
-            if gathered >= WRITE_AT || last {
-                let batch = std::mem::take(&mut pieces);
-                let failed = failed.clone();
-                (file, hasher) = blocking(move || {
-                    for piece in batch {
-                        hasher.update(&piece);
-                        file.write_all(&piece)
-                            .map_err(Error::file(&failed, "cannot be written"))?;
-                    }
-                    Ok((file, hasher))
-                })
-                .await?;
-                gathered = 0;
-            }
-            if last {
+        let writer = self.clone();
+        let mut blob = blocking(move || writer.begin()).await?;
+        while let Some(part) = stream.try_next().await? {
+            blob.write(part).await?;
+            if blob.size > size {
                 break;
             }
         }
-        let what = format!("blob {digest}");
-        if received != size {
-            return Err(Error::SizeMismatch {
-                place,
-                what,
-                expected: size,
-                actual: received,
-            });
-        }
-        let actual = hasher.finish();
-        if actual != digest {
-            return Err(Error::DigestMismatch {
-                place,
-                what,
-                expected: digest,
-                actual,
-            });
-        }
-        blocking(move || persist(file, &path)).await
+        blob.finish(digest, size).await.map(drop)
     }
 
     /// Writes a blob that is in memory. Blocks on the disk.
@@ -221,6 +185,84 @@ impl LayoutWriter {
             .and_then(|()| if sync { file.as_file().sync_all() } else { Ok(()) });
         written.map_err(Error::file(path, "cannot be written"))?;
         persist(file, path)
+    }
+}
+
+/// A blob that is being written. Dropped, it leaves nothing.
+#[derive(Debug)]
+pub(crate) struct GrowingBlob {
+    writer: LayoutWriter,
+    /// The file and the hash of what is in it; `None` after an error.
+    parts: Option<(NamedTempFile, Hasher)>,
+    /// Bytes so far.
+    size: u64,
+    waiting: Vec<Bytes>,
+    gathered: usize,
+}
+
+impl GrowingBlob {
+    /// Takes the next bytes.
+    pub(crate) async fn write(&mut self, bytes: Bytes) -> Result<(), Error> {
+        self.size += bytes.len() as u64;
+        self.gathered += bytes.len();
+        self.waiting.push(bytes);
+        if self.gathered >= WRITE_AT {
+            self.flush().await?;
+        }
+        Ok(())
+    }
+
+    async fn flush(&mut self) -> Result<(), Error> {
+        let dir = self.writer.dir.clone();
+        let failed = || Error::layout(&self.writer.dir, "a blob could not be written before");
+        let (mut file, mut hasher) = self.parts.take().ok_or_else(failed)?;
+        let batch = std::mem::take(&mut self.waiting);
+        self.gathered = 0;
+        let parts = blocking(move || {
+            for piece in batch {
+                hasher.update(&piece);
+                file.write_all(&piece)
+                    .map_err(Error::file(&dir, "cannot be written"))?;
+            }
+            Ok((file, hasher))
+        })
+        .await?;
+        self.parts = Some(parts);
+        Ok(())
+    }
+
+    /// Checks the blob and names it; `false` if it was there already.
+    pub(crate) async fn finish(mut self, digest: Digest, size: u64) -> Result<bool, Error> {
+        self.flush().await?;
+        let (place, what) = (self.writer.dir.display().to_string(), format!("blob {digest}"));
+        if self.size != size {
+            return Err(Error::SizeMismatch {
+                place,
+                what,
+                expected: size,
+                actual: self.size,
+            });
+        }
+        let failed = || Error::layout(&self.writer.dir, "a blob could not be written before");
+        let (file, hasher) = self.parts.take().ok_or_else(failed)?;
+        let actual = hasher.finish();
+        if actual != digest {
+            return Err(Error::DigestMismatch {
+                place,
+                what,
+                expected: digest,
+                actual,
+            });
+        }
+        let writer = self.writer;
+        blocking(move || {
+            let there = writer.has(&digest, size);
+            if !there {
+                persist(file, &writer.blob_path(&digest))?;
+            }
+            Ok(!there)
+        })
+        .await
     }
 }
 

@@ -51,6 +51,12 @@ impl Blob {
         self.size
     }
 
+    /// The repository that the blob is read from, if it is one of that registry (host and port as users write them).
+    pub(crate) fn repository_in(&self, registry: &str) -> Option<&str> {
+        let place = &self.source.session()?.place;
+        (place.registry == registry).then_some(place.repository.as_str())
+    }
+
     /// The bytes of `range` of the blob, once the first answer is there. Not verified: a range cannot be. An empty range makes no
     /// request; one that ends behind the blob is an error.
     pub async fn stream(&self, range: Range<u64>) -> Result<ByteStream, Error> {

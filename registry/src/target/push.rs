@@ -1,14 +1,15 @@
 //! Uploads by the OCI distribution specification ("Pushing blobs", "Pushing manifests").
 //!
 //! What can be read again goes up in one PUT. If that breaks, the registry is asked how much it has and gets the rest by PATCH and PUT;
-//! one that has lost the upload gets all of it again. A stream goes up in pieces that are kept in memory until the registry has
-//! confirmed them, so that a broken connection costs at most a piece.
+//! one that has lost the upload gets all of it again. What is still being made goes up in [`pieces`].
+
+pub(crate) mod pieces;
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 use futures::{StreamExt, TryStreamExt};
 use peel_image::Digest;
 use reqwest::header::{
@@ -17,19 +18,15 @@ use reqwest::header::{
 use reqwest::{Method, Response, StatusCode, Url};
 
 use super::{ByteSource, Upload};
-use crate::client::retry::{Fault, Retry};
+use crate::client::retry::Fault;
 use crate::client::session::{Call, Session, To, is_redirect};
 use crate::error::Error;
 use crate::name::Reference;
 use crate::options::{ClientOptions, Counters};
-use crate::transfer::ByteStream;
+use pieces::Pieces;
 
 /// Actions of every request of a push: one token serves all of them.
 const ACTIONS: &str = "pull,push";
-/// Bytes of a piece of a stream: some round trips of a fast link, and little memory.
-const PIECE: usize = 8 << 20;
-/// Largest piece that a registry may demand with `OCI-Chunk-Min-Length`.
-const MAX_PIECE: usize = 64 << 20;
 /// Bytes per second at which a registry is trusted to finish an upload: it hashes the blob, and some copy it.
 const FINISH_RATE: u64 = 16 << 20;
 /// Bytes handed to the connection at once, so that progress is noticed.
@@ -45,9 +42,8 @@ pub(crate) struct Push {
 }
 
 /// An upload on its way.
+#[derive(Debug)]
 struct Uploading {
-    digest: Digest,
-    size: u64,
     what: String,
     location: Url,
     /// Bytes that the registry has.
@@ -129,27 +125,59 @@ impl Push {
         Ok(false)
     }
 
-    pub(crate) async fn send(&self, digest: Digest, size: u64, upload: Upload) -> Result<(), Error> {
+    /// The registry's host and port as the user wrote them.
+    pub(crate) fn registry(&self) -> &str {
+        &self.reference.registry
+    }
+
+    /// Mounts the blob if that works. Any refusal is a no: whoever may not mount (some registries ask for more rights) may
+    /// still be able to send.
+    pub(crate) async fn mount_or_not(&self, digest: &Digest, from: &str) -> bool {
+        if from == self.reference.repository {
+            return false;
+        }
+        match self.mount(digest, from).await {
+            Ok(mounted) => mounted,
+            Err(error) => {
+                tracing::debug!(%error, "not mounted");
+                false
+            }
+        }
+    }
+
+    /// Sends a blob that is not there.
+    pub(crate) async fn send(
+        self: &Arc<Self>,
+        digest: Digest,
+        size: u64,
+        upload: Upload,
+    ) -> Result<(), Error> {
         let opened = self
             .opened
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .remove(&digest);
         let what = format!("upload of blob {digest}");
-        let (location, least) = match opened {
-            Some(location) => (location, None),
-            None => self.open(&what).await?,
-        };
-        let uploading = Uploading {
-            digest,
-            size,
-            what,
-            location,
-            offset: 0,
-        };
         match upload {
-            Upload::Stream(stream) => self.send_pieces(uploading, stream, least.unwrap_or(0)).await,
-            upload => self.send_again(uploading, &upload).await,
+            Upload::Stream(mut stream) => {
+                let mut pieces = Pieces::new(Arc::clone(self), what, opened);
+                while let Some(part) = stream.try_next().await? {
+                    pieces.write(part).await?;
+                }
+                pieces.complete(digest, size).await
+            }
+            upload => {
+                let location = match opened {
+                    Some(location) => location,
+                    None => self.open(&what).await?.0,
+                };
+                let uploading = Uploading {
+                    what,
+                    location,
+                    offset: 0,
+                };
+                self.send_again(uploading, digest, size, &upload).await
+            }
         }
     }
 
@@ -172,19 +200,25 @@ impl Push {
     }
 
     /// Sends what can be read again.
-    async fn send_again(&self, mut uploading: Uploading, upload: &Upload) -> Result<(), Error> {
+    async fn send_again(
+        &self,
+        mut uploading: Uploading,
+        digest: Digest,
+        size: u64,
+        upload: &Upload,
+    ) -> Result<(), Error> {
         let mut retry = self.session.retry();
         let mut known = 0;
         loop {
-            let rest = uploading.size - uploading.offset;
-            let bytes = upload.read(uploading.offset, uploading.size).await?;
+            let rest = size - uploading.offset;
+            let bytes = upload.read(uploading.offset, size).await?;
             let bytes = bytes.ok_or_else(|| self.session.protocol(&uploading.what, "its bytes are gone"))?;
             let (bytes, lost) = remember_error(bytes);
             let result = if uploading.offset == 0 {
-                self.finish(&uploading, bytes, rest).await
+                self.finish(&uploading, digest, size, bytes, rest).await
             } else {
                 match self.patch(&mut uploading, bytes, rest).await {
-                    Ok(()) => self.finish(&uploading, nothing(), 0).await,
+                    Ok(()) => self.finish(&uploading, digest, size, nothing(), 0).await,
                     Err(fault) => Err(fault),
                 }
             };
@@ -195,7 +229,7 @@ impl Push {
                 return Err(error);
             }
             self.session.wait(&mut retry, fault).await?;
-            self.look(&mut uploading).await?;
+            self.look(&mut uploading, size).await?;
             if uploading.offset > known {
                 retry.progress(usize::try_from(uploading.offset - known).unwrap_or(usize::MAX));
             }
@@ -204,9 +238,9 @@ impl Push {
     }
 
     /// Finds out how much of the upload the registry has, and opens another if it has none of it.
-    async fn look(&self, uploading: &mut Uploading) -> Result<(), Error> {
+    async fn look(&self, uploading: &mut Uploading, size: u64) -> Result<(), Error> {
         if let Some((offset, location)) = self.status(uploading).await?
-            && offset <= uploading.size
+            && offset <= size
         {
             (uploading.offset, uploading.location) = (offset, location);
             return Ok(());
@@ -240,81 +274,6 @@ impl Push {
         }
     }
 
-    /// Sends a stream piece by piece.
-    async fn send_pieces(
-        &self,
-        mut uploading: Uploading,
-        mut stream: ByteSource,
-        least: u64,
-    ) -> Result<(), Error> {
-        let least = usize::try_from(least).unwrap_or(usize::MAX);
-        if least > MAX_PIECE {
-            let reason =
-                format!("the registry wants pieces of at least {least} bytes, more than {MAX_PIECE}");
-            return Err(self.session.protocol(&uploading.what, reason));
-        }
-        let mut next = BytesMut::new();
-        loop {
-            while next.len() < PIECE.max(least) {
-                match stream.try_next().await? {
-                    Some(part) => next.extend_from_slice(&part),
-                    None => break,
-                }
-            }
-            if next.is_empty() {
-                break;
-            }
-            self.send_piece(&mut uploading, next.split().freeze()).await?;
-        }
-        if uploading.offset != uploading.size {
-            return Err(Error::SizeMismatch {
-                place: self.session.place.to_string(),
-                what: uploading.what,
-                expected: uploading.size,
-                actual: uploading.offset,
-            });
-        }
-        let mut retry = self.session.retry();
-        loop {
-            let Err(fault) = self.finish(&uploading, nothing(), 0).await else {
-                return Ok(());
-            };
-            self.session.wait(&mut retry, fault).await?;
-            // The answer may have been lost behind a success, and then the upload is gone and the blob is there.
-            if self.has(&uploading.digest, uploading.size).await? {
-                return Ok(());
-            }
-        }
-    }
-
-    async fn send_piece(&self, uploading: &mut Uploading, piece: Bytes) -> Result<(), Error> {
-        let start = uploading.offset;
-        let end = start + piece.len() as u64;
-        let mut retry: Retry = self.session.retry();
-        loop {
-            let skip = usize::try_from(uploading.offset - start).unwrap_or(usize::MAX);
-            let rest = piece.slice(skip.min(piece.len())..);
-            if rest.is_empty() {
-                return Ok(());
-            }
-            let length = rest.len() as u64;
-            let bytes = ByteStream::memory(rest).into_stream().boxed();
-            let Err(fault) = self.patch(uploading, bytes, length).await else {
-                return Ok(());
-            };
-            self.session.wait(&mut retry, fault).await?;
-            match self.status(uploading).await? {
-                Some((offset, location)) if (start..=end).contains(&offset) => {
-                    (uploading.offset, uploading.location) = (offset, location);
-                }
-                _ => {
-                    let reason = "the registry has lost the upload after a broken connection; start it again";
-                    return Err(self.session.protocol(&uploading.what, reason));
-                }
-            }
-        }
-    }
-
     /// Sends the next `length` bytes.
     async fn patch(&self, uploading: &mut Uploading, bytes: ByteSource, length: u64) -> Result<(), Fault> {
         if length == 0 {
@@ -333,15 +292,31 @@ impl Push {
         Ok(())
     }
 
-    /// Sends the last `length` bytes and closes the upload.
-    async fn finish(&self, uploading: &Uploading, bytes: ByteSource, length: u64) -> Result<(), Fault> {
+    /// Sends the last `length` bytes of a blob of `size` bytes and closes the upload.
+    async fn finish(
+        &self,
+        uploading: &Uploading,
+        digest: Digest,
+        size: u64,
+        bytes: ByteSource,
+        length: u64,
+    ) -> Result<(), Fault> {
         let mut url = uploading.location.clone();
-        url.query_pairs_mut()
-            .append_pair("digest", &uploading.digest.to_string());
+        url.query_pairs_mut().append_pair("digest", &digest.to_string());
         let call = Self::call(Method::PUT, To::Url(&url), &uploading.what);
-        let response = self.transfer(call, &url, bytes, length, uploading.size).await?;
+        let response = self.transfer(call, &url, bytes, length, size).await?;
         self.session.drain(response).await;
         Ok(())
+    }
+
+    /// Has the registry forget an upload. One attempt: it forgets abandoned ones by itself, after a while.
+    async fn cancel(&self, uploading: &Uploading) {
+        let mut call = Self::call(Method::DELETE, To::Url(&uploading.location), &uploading.what);
+        call.headers.insert(CONTENT_LENGTH, HeaderValue::from_static("0"));
+        match self.session.attempt(&call).await {
+            Ok(response) => self.session.drain(response).await,
+            Err(fault) => tracing::debug!(error = %fault.error, "upload not cancelled"),
+        }
     }
 
     /// Sends a body of `length` bytes; the registry may work on `size` bytes before it answers. An answer that is no success is a

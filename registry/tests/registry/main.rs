@@ -5,6 +5,7 @@
 mod auth;
 mod fake;
 mod faults;
+mod growing;
 mod real;
 mod resolve;
 mod services;

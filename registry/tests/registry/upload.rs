@@ -10,16 +10,16 @@ use crate::fake::{Fake, Seen, data, error, options, status, with};
 
 /// What a test registry has received for the only upload that it knows.
 #[derive(Default)]
-struct Received {
-    bytes: Vec<u8>,
+pub(crate) struct Received {
+    pub(crate) bytes: Vec<u8>,
     /// Digest of the finished blob.
-    done: Option<String>,
+    pub(crate) done: Option<String>,
 }
 
-type Shared = Arc<Mutex<Received>>;
+pub(crate) type Shared = Arc<Mutex<Received>>;
 
 /// A registry for uploads. `fail` may answer a request instead, after having kept as much of its body as it likes.
-async fn registry(
+pub(crate) async fn registry(
     fail: impl Fn(&Seen, &Shared) -> Option<Response> + Send + Sync + 'static,
 ) -> (Fake, Shared) {
     let state = Shared::default();
@@ -77,12 +77,12 @@ async fn registry(
     (fake, state)
 }
 
-async fn target(fake: &Fake, name: &str) -> Target {
+pub(crate) async fn target(fake: &Fake, name: &str) -> Target {
     let name: ImageName = format!("{}/{name}", fake.address).parse().unwrap();
     Target::open(&name, &options()).await.unwrap()
 }
 
-fn methods(fake: &Fake) -> String {
+pub(crate) fn methods(fake: &Fake) -> String {
     let log = fake.seen();
     log.iter()
         .map(|seen| seen.method.as_str())
@@ -261,6 +261,46 @@ async fn mounts() {
             .unwrap()
     );
     assert_eq!(methods(&fake), "POST POST HEAD PUT");
+}
+
+#[tokio::test]
+async fn blobs_of_another_repository_are_mounted() {
+    for (answer, expected) in [
+        (Some(201), "HEAD POST"),
+        // The registry has opened an upload instead, which is used.
+        (None, "HEAD POST GET PUT"),
+        // It does not like mounts at all.
+        (Some(403), "HEAD POST GET POST PUT"),
+    ] {
+        let content = b"content";
+        let (fake, state) = registry(move |seen, _| {
+            if seen.path == format!("/v2/base/blobs/{}", Digest::of(content)) {
+                return Some(crate::fake::serve(seen, content));
+            }
+            let mounts = seen.path.contains("mount=");
+            answer.filter(|_| mounts).map(status)
+        })
+        .await;
+        let source = fake.source("base:latest", &options()).await;
+        let blob = source
+            .blob(&crate::fake::descriptor(media::OCI_LAYER_GZIP, content))
+            .unwrap();
+        let target = target(&fake, "app").await;
+        let sent = target
+            .push_blob(blob.digest(), 7, Upload::Blob(blob.clone()))
+            .await
+            .unwrap();
+        assert_eq!(sent, answer != Some(201));
+        let log: Vec<_> = methods(&fake).split(' ').map(str::to_owned).collect();
+        let mut sorted = log.clone();
+        sorted.sort();
+        let mut wanted: Vec<_> = expected.split(' ').map(str::to_owned).collect();
+        wanted.sort();
+        assert_eq!(sorted, wanted, "{answer:?}: {log:?}");
+        if sent {
+            assert_eq!(state.lock().unwrap().bytes, content);
+        }
+    }
 }
 
 #[tokio::test]
