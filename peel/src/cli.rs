@@ -149,12 +149,20 @@ pub enum Command {
     Man(ManArgs),
 }
 
-/// How an image is found and loaded: shared by `run`, `mount` and `optimize`.
+/// How an image is found and loaded: shared by `run` and `mount`.
 #[derive(Debug, Clone, Args)]
 pub struct LoadArgs {
     /// Platform to take from a multi-platform image: os/architecture[/variant]; this machine's if not given
     #[arg(long, value_name = "PLATFORM")]
     pub platform: Option<String>,
+    /// How it is loaded once it is found.
+    #[command(flatten)]
+    pub how: PullArgs,
+}
+
+/// How the image of one platform is loaded: `optimize` chooses platforms in its own way.
+#[derive(Debug, Clone, Args)]
+pub struct PullArgs {
     /// When to look the name up in the registry
     #[arg(long, value_enum, default_value_t = Pull::Missing, value_name = "POLICY")]
     pub pull: Pull,

@@ -141,14 +141,14 @@ fn mount_request(
     Ok(MountRequest {
         image: image_name(image)?.to_string(),
         platform: load.platform.clone(),
-        pull: match load.pull {
+        pull: match load.how.pull {
             Pull::Always => PullPolicy::Always,
             Pull::Missing => PullPolicy::Missing,
             Pull::Never => PullPolicy::Never,
         },
         client: client_options(global)?,
-        prefetch: !load.no_prefetch,
-        eager: load.verify == Verify::Full,
+        prefetch: !load.how.no_prefetch,
+        eager: load.how.verify == Verify::Full,
         writable,
     })
 }
