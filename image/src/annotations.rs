@@ -16,3 +16,17 @@ pub const PREFETCH_END: &str = "dev.peel.prefetch.end";
 /// peel: on the manifest; the order in which a start reads across layers, as `layer:end` pairs joined by commas:
 /// "then layer `layer` up to blob offset `end`".
 pub const PREFETCH_ORDER: &str = "dev.peel.prefetch.order";
+/// peel: the compressor of a layer, its version and its level, as in `libdeflate 1.26 level 7`: what it takes to make the same
+/// bytes again.
+pub const COMPRESSOR: &str = "dev.peel.compressor";
+
+/// zstd:chunked by Podman, Buildah, Skopeo (container-libs, `storage/pkg/chunked/internal/minimal/compression.go`): `sha256:` over the compressed TOC.
+pub const PODMAN_MANIFEST_CHECKSUM: &str = "io.github.containers.zstd-chunked.manifest-checksum";
+/// zstd:chunked by Podman: `OFFSET:COMPRESSED:UNCOMPRESSED:1` of the TOC, decimal bytes.
+pub const PODMAN_MANIFEST_POSITION: &str = "io.github.containers.zstd-chunked.manifest-position";
+/// zstd:chunked by Podman: `OFFSET:COMPRESSED:UNCOMPRESSED` of the tar-split data, decimal bytes.
+pub const PODMAN_TARSPLIT_POSITION: &str = "io.github.containers.zstd-chunked.tarsplit-position";
+/// zstd:chunked by stargz-snapshotter and nerdctl, and by Podman before 2022-11: `sha256:` over the compressed TOC.
+pub const STARGZ_MANIFEST_CHECKSUM: &str = "io.containers.zstd-chunked.manifest-checksum";
+/// zstd:chunked by stargz-snapshotter and nerdctl, and by Podman before 2022-11: `OFFSET:COMPRESSED:UNCOMPRESSED:1` of the TOC.
+pub const STARGZ_MANIFEST_POSITION: &str = "io.containers.zstd-chunked.manifest-position";

@@ -50,6 +50,12 @@ pub struct TarEntry {
     pub path: EntryPath,
     /// Owner, mode, times, attributes. The mode holds permission, set-id and sticky bits only.
     pub metadata: Metadata,
+    /// The mode as it stands in the header: some writers put the file type into it.
+    pub raw_mode: i64,
+    /// Time of the last access, seconds and nanoseconds, where the headers give one.
+    pub access_time: Option<(i64, u32)>,
+    /// Time of the last change of the inode, likewise.
+    pub change_time: Option<(i64, u32)>,
     /// What the entry is.
     pub kind: TarKind,
     /// Name of the owning user; empty where the stream gives none.

@@ -33,6 +33,9 @@ pub(super) const GROUP: Field = field(297, 32, "group name");
 pub(super) const DEVICE_MAJOR: Field = field(329, 8, "device major");
 pub(super) const DEVICE_MINOR: Field = field(337, 8, "device minor");
 pub(super) const PREFIX: Field = field(345, 155, "prefix");
+/// Where GNU tar has times instead of a prefix.
+pub(super) const GNU_ACCESS_TIME: Field = field(345, 12, "access time");
+pub(super) const GNU_CHANGE_TIME: Field = field(357, 12, "change time");
 /// The prefix of Schilling's old star, told by [`STAR_TRAILER`]: access and change time follow it.
 const STAR_PREFIX: Field = field(345, 131, "prefix");
 const STAR_TRAILER: Field = field(508, 4, "trailer");

@@ -5,7 +5,7 @@
 
 use std::io::{self, BufReader, ErrorKind, Read};
 
-use super::header::{self, BLOCK, Block, until_nul};
+use super::header::{self, BLOCK, Block, Field, until_nul};
 use super::pax::{self, Records};
 use super::sparse::{self, DataMap, Map};
 use super::{EXTENSION_MAX, HEADERS_MAX, HOLES_MAX, TarEntry, TarError, TarKind, TarProblem};
@@ -101,6 +101,11 @@ impl<R: Read> Reader<R> {
             self.end = Some(End { offset: self.offset });
         }
         Ok(entry)
+    }
+
+    /// Skips what is left of the content of the current entry, and its padding.
+    pub(crate) fn end_entry(&mut self) -> Result<(), TarError> {
+        self.skip_content().map_err(|problem| self.fail(problem))
     }
 
     /// Reads what is left of the stream, entries included, and tells what follows the last of them.
@@ -207,6 +212,9 @@ impl<R: Read> Reader<R> {
             .or_else(|| records.get(b"linkpath").map(<[u8]>::to_vec))
             .unwrap_or_else(|| block.text(header::LINK).to_vec());
         let metadata = records.metadata(block)?;
+        let raw_mode = block.number(header::MODE)?;
+        let access_time = records.time(block, b"atime", header::GNU_ACCESS_TIME)?;
+        let change_time = records.time(block, b"ctime", header::GNU_CHANGE_TIME)?;
         let (user_name, group_name) = records.names(block);
         let stored = records.number(b"size", "size", || block.unsigned(header::SIZE))?;
         if i64::try_from(stored).is_err() {
@@ -280,6 +288,9 @@ impl<R: Read> Reader<R> {
             name: name.into_boxed_slice(),
             path,
             metadata,
+            raw_mode,
+            access_time,
+            change_time,
             kind,
             user_name,
             group_name,
@@ -518,6 +529,21 @@ impl<'a> Layered<'a> {
         }
         self.local.xattrs(&mut metadata.xattrs)?;
         Ok(metadata)
+    }
+
+    /// A time that only some headers hold: of PAX, else of GNU tar's incremental archives.
+    fn time(&self, block: &Block, key: &[u8], field: Field) -> Result<Option<(i64, u32)>, TarProblem> {
+        if let Some(text) = self.get(key) {
+            let time = pax::parse_time(text).ok_or(TarProblem::Number(field.name))?;
+            return Ok(Some(time));
+        }
+        let is_there = block.is_gnu() && block.bytes(field).first() != Some(&0);
+        // Go reads on without a time that is malformed; nobody needs one.
+        Ok(block
+            .number(field)
+            .ok()
+            .filter(|_| is_there)
+            .map(|seconds| (seconds, 0)))
     }
 
     fn names(&self, block: &Block) -> (Box<[u8]>, Box<[u8]>) {
