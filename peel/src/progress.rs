@@ -101,14 +101,66 @@ impl LoadProgress {
     /// The image is mounted: the bar goes, and standard error says which layers were pulled whole this time, and why.
     pub fn finish(&self) {
         self.bar.finish();
-        for (layer, reason) in &self.pulled {
-            let (layer, layers) = (layer + 1, self.layers);
+        for note in notes(&self.image, self.layers, &self.pulled) {
             // Whoever closed standard error does not want to know.
-            let _ = writeln!(
-                std::io::stderr(),
-                "peel: {}: layer {layer} of {layers} was pulled whole: {reason}",
-                self.image
-            );
+            let _ = writeln!(std::io::stderr(), "peel: {note}");
+        }
+    }
+}
+
+/// One sentence for each reason, with the layers that it holds for.
+fn notes(image: &str, layers: usize, pulled: &BTreeMap<usize, String>) -> Vec<String> {
+    let mut reasons: Vec<(&str, Vec<String>)> = Vec::new();
+    for (layer, reason) in pulled {
+        let number = (layer + 1).to_string();
+        match reasons.iter_mut().find(|(known, _)| known == reason) {
+            Some((_, numbers)) => numbers.push(number),
+            None => reasons.push((reason, vec![number])),
+        }
+    }
+    reasons
+        .into_iter()
+        .map(|(reason, numbers)| {
+            let which = match numbers.as_slice() {
+                [one] => format!("layer {one} of {layers} was"),
+                all if all.len() == layers => format!("all {layers} layers were"),
+                some => format!("layers {} of {layers} were", some.join(", ")),
+            };
+            format!("{image}: {which} pulled whole: {reason}")
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn layers_with_the_same_reason_share_a_sentence() {
+        let pulled = |list: &[(usize, &str)]| -> BTreeMap<usize, String> {
+            list.iter()
+                .map(|(layer, reason)| (*layer, (*reason).to_owned()))
+                .collect()
+        };
+        for (layers, list, expected) in [
+            (3, vec![], vec![]),
+            (3, vec![(1, "r")], vec!["i: layer 2 of 3 was pulled whole: r"]),
+            (
+                2,
+                vec![(0, "r"), (1, "r")],
+                vec!["i: all 2 layers were pulled whole: r"],
+            ),
+            (1, vec![(0, "r")], vec!["i: layer 1 of 1 was pulled whole: r"]),
+            (
+                4,
+                vec![(0, "r"), (1, "s"), (3, "r")],
+                vec![
+                    "i: layers 1, 4 of 4 were pulled whole: r",
+                    "i: layer 2 of 4 was pulled whole: s",
+                ],
+            ),
+        ] {
+            assert_eq!(notes("i", layers, &pulled(&list)), expected);
         }
     }
 }
