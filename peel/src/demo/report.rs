@@ -129,10 +129,14 @@ impl Report {
             out,
             "Image:    {}, {} in {} layers",
             self.image,
-            megabytes(self.image_bytes),
+            size(self.image_bytes),
             self.layers
         )?;
-        writeln!(out, "Program:  {}", self.workload.join(" "))?;
+        let program = match self.workload.as_slice() {
+            [] => "the image's own".to_owned(),
+            words => words.join(" "),
+        };
+        writeln!(out, "Program:  {program}")?;
         writeln!(
             out,
             "Link:     {} ms round trip, {} Mbit/s; page cache dropped before each cold start",
@@ -172,11 +176,11 @@ impl Report {
                 start.mount_s,
                 start.ready_s,
                 start.total_s,
-                megabytes(start.bytes),
+                size(start.bytes),
                 start.requests
             )?;
         }
-        let fetched = megabytes(self.optimized.median.bytes);
+        let fetched = size(self.optimized.median.bytes);
         writeln!(
             out,
             "{:<34} {:>40.3}",
@@ -187,20 +191,17 @@ impl Report {
         let lines = [
             (
                 self.ratios.beyond_warm,
-                "of what the full pull takes beyond a warm start, the optimized start takes",
+                "optimized start / full pull, both beyond the warm start",
             ),
             (
                 self.ratios.over_limit,
-                "times (curl of the same bytes + warm start) is the optimized start",
+                "optimized start / (curl of the same bytes + warm start)",
             ),
             (
                 self.ratios.over_fetch,
-                "times the compressed size of the files that the program opens is fetched",
+                "bytes fetched / compressed size of the files that the program opens",
             ),
-            (
-                self.ratios.second_over_warm,
-                "times the warm start is the second start",
-            ),
+            (self.ratios.second_over_warm, "second start / warm start"),
         ];
         for (ratio, text) in lines {
             writeln!(out, "{ratio:>6.3} {text}")?;
@@ -209,8 +210,12 @@ impl Report {
     }
 }
 
-fn megabytes(bytes: u64) -> String {
-    format!("{:.1} MB", float(bytes) / 1e6)
+fn size(bytes: u64) -> String {
+    if bytes > 0 && bytes < 1_000_000 {
+        format!("{:.1} kB", float(bytes) / 1e3)
+    } else {
+        format!("{:.1} MB", float(bytes) / 1e6)
+    }
 }
 
 #[cfg(test)]
