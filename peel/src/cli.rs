@@ -11,7 +11,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum, ValueHint};
 
-pub use convert::{ConvertArgs, EstargzArgs, OptimizeArgs};
+pub use convert::{ConvertArgs, DialectArg, LazyArgs, OptimizeArgs, PlatformArgs, ReuseArgs};
 pub use run::{ProcessArgs, RunArgs};
 
 use crate::demo::image::Origin;
@@ -129,8 +129,8 @@ pub enum Command {
     Umount(UmountArgs),
     /// Run an image, record what it reads, write it anew with those files first
     Optimize(Box<OptimizeArgs>),
-    /// Write an image anew in a lazy format without running it
-    Convert(ConvertArgs),
+    /// Write an image anew in a lazy format, or back in an ordinary one, without running it
+    Convert(Box<ConvertArgs>),
     /// Tell per layer how it is kept and whether it can be served lazily
     Inspect(InspectArgs),
     /// List a directory of an image without pulling it

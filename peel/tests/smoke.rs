@@ -225,13 +225,13 @@ fn an_optimized_image_has_first_what_was_read() {
         &again,
     ]);
     let outcome: Value = serde_json::from_str(&json).unwrap();
-    let kept: Vec<bool> = outcome["layers"]
+    let how: Vec<&str> = outcome["images"][0]["layers"]
         .as_array()
         .unwrap()
         .iter()
-        .map(|layer| layer["kept"].as_bool().unwrap())
+        .map(|layer| layer["how"].as_str().unwrap())
         .collect();
-    assert_eq!(kept, [false, true, true], "{outcome}");
+    assert_eq!(how, ["converted", "kept", "kept"], "{outcome}");
     world.ok(&["mount", &again, text(&dir)]);
     world.assert_listing(&dir, "again");
     world.ok(&["umount", text(&dir)]);

@@ -1,4 +1,7 @@
-//! `peel convert`: an image written anew in a lazy format without running it.
+//! `peel convert`: images written anew in a lazy format, or back in an ordinary one, without running them.
+
+pub(super) mod format;
+pub(super) mod select;
 
 use std::io::Write;
 use std::sync::Arc;
@@ -6,80 +9,79 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use anyhow::Context;
-use peel_registry::{ResolvedImage, Source, Target};
-use tokio::runtime::Runtime;
+use peel_image::write::Format;
 
-use super::look::OpenImage;
 use super::record;
-use crate::cli::{ConvertArgs, EstargzArgs, Global};
+use crate::cli::{ConvertArgs, Global, LazyArgs, ReuseArgs};
 use crate::convert::plan::Plan;
-use crate::convert::{Conversion, Outcome, Settings};
+use crate::convert::{Conversion, How, Outcome, Settings};
 use crate::progress::Bar;
+use select::Selection;
 
 /// How often progress is shown.
 const SHOW_EVERY: Duration = Duration::from_millis(200);
 
-/// Converts and pushes; prints the manifest's digest.
+/// Converts and pushes; prints the digest of what the target names then.
 pub(super) fn run(global: &Global, args: &ConvertArgs) -> anyhow::Result<()> {
-    let open = OpenImage::open(global, &args.source, args.platform.as_deref())?;
-    let plan = match &args.estargz_record_in {
-        Some(path) => {
-            let record = record::read(path)?;
-            let paths: Vec<_> = record.accesses.into_iter().map(|access| access.path).collect();
-            Plan::for_every_layer(&paths, open.image.manifest.layers().len())
+    let format = format::any(args)?;
+    let mut selection = Selection::open(global, &args.source, &args.platforms)?;
+    let record = args
+        .estargz_record_in
+        .as_ref()
+        .or(args.zstdchunked_record_in.as_ref());
+    if let Some(path) = record {
+        let record = record::read(path)?;
+        let paths: Vec<_> = record.accesses.into_iter().map(|access| access.path).collect();
+        for part in &mut selection.parts {
+            part.plan = Plan::for_every_layer(&paths, part.image.manifest.layers().len());
         }
-        None => Plan::default(),
+    }
+    let settings = Settings {
+        for_every_layer: true,
+        planned: record.is_some(),
+        ..settings(format, &args.lazy, args.reuse)
     };
-    let settings = settings(&args.layers, false, true);
-    let outcome = convert(
-        global,
-        &open.runtime,
-        (&open.source, &open.image),
-        &args.target,
-        &plan,
-        settings,
-    )?;
+    let outcome = convert(global, &selection, &args.target, settings)?;
     report(global, &args.target, &outcome)
 }
 
-/// The writer's settings from the flags.
-pub(super) fn settings(layers: &EstargzArgs, reuse: bool, for_every_layer: bool) -> Settings {
+/// The settings from the flags that both commands have.
+pub(super) fn settings(format: Format, lazy: &LazyArgs, reuse: ReuseArgs) -> Settings {
     Settings {
-        chunk_size: layers.estargz_chunk_size,
-        level: layers.estargz_compression_level,
-        reuse,
-        for_every_layer,
+        format,
+        threads: lazy.estargz_parallelism,
+        reuse: reuse.reuse,
+        earlier: !reuse.reconvert,
+        for_every_layer: false,
+        planned: true,
     }
 }
 
 /// Converts with progress on a terminal.
 pub(super) fn convert(
     global: &Global,
-    runtime: &Runtime,
-    (source, image): (&Source, &ResolvedImage),
+    selection: &Selection,
     target: &str,
-    plan: &Plan,
     settings: Settings,
 ) -> anyhow::Result<Outcome> {
     let name = super::image_name(target)?;
     let options = super::client_options(global)?;
-    let total = image
-        .manifest
-        .layers()
+    let layers = selection
+        .parts
         .iter()
-        .map(oci_spec::image::Descriptor::size)
-        .sum();
+        .flat_map(|part| part.image.manifest.layers());
+    let total = layers.map(oci_spec::image::Descriptor::size).sum();
     let progress = Arc::new(AtomicU64::new(0));
-    runtime.block_on(async {
-        let target_place = Target::open(&name, &options).await?;
-        let conversion = Conversion {
-            source,
-            image,
-            target: &target_place,
-            plan,
-            settings,
-            progress: Arc::clone(&progress),
-        };
+    let conversion = Conversion {
+        source: &selection.open.source,
+        parts: &selection.parts,
+        index: selection.index.as_deref(),
+        target: &name,
+        client: &options,
+        settings,
+        progress: Arc::clone(&progress),
+    };
+    let converted = selection.open.runtime.block_on(async {
         let mut bar = Bar::new(total);
         let work = conversion.run();
         tokio::pin!(work);
@@ -90,37 +92,47 @@ pub(super) fn convert(
                 _ = tick.tick() => bar.set(format!("writing {target}"), progress.load(Ordering::Relaxed), total),
             }
         }
-    })
-    .with_context(|| format!("{target} was not written"))
+    });
+    converted.with_context(|| format!("{target} was not written"))
 }
 
-/// The digest on standard output, the rest for people on standard error; or everything as JSON.
+/// The digest and the images beside on standard output, the rest for people on standard error; or everything as JSON.
 pub(super) fn report(global: &Global, target: &str, outcome: &Outcome) -> anyhow::Result<()> {
     if global.json {
         return super::print_json(outcome);
     }
     let mut err = std::io::stderr().lock();
-    for (position, layer) in outcome.layers.iter().enumerate() {
-        let what = match (layer.kept, layer.was_there) {
-            (true, _) => "kept",
-            (false, true) => "written, was there already",
-            (false, false) => "written",
-        };
-        let first = match layer.prefetch_end {
-            Some(end) => format!(", {} files first ({end} bytes)", layer.prioritized),
-            None => String::new(),
-        };
-        let _ = writeln!(
-            err,
-            "layer {} of {}: {} -> {} bytes, {what}{first}",
-            position + 1,
-            outcome.layers.len(),
-            layer.source_size,
-            layer.size
-        );
+    for image in &outcome.images {
+        if let Some(platform) = image.platform.as_ref().filter(|_| outcome.images.len() > 1) {
+            let _ = writeln!(err, "{platform}: {}", image.manifest_digest);
+        }
+        for (position, layer) in image.layers.iter().enumerate() {
+            let how = match layer.how {
+                How::Converted => "converted",
+                How::Kept => "kept",
+                How::Reused => "converted earlier",
+            };
+            let there = if layer.sent { "" } else { ", was there already" };
+            let first = match layer.prefetch_end {
+                Some(end) => format!(", {} files first ({end} bytes)", layer.prioritized),
+                None => String::new(),
+            };
+            let _ = writeln!(
+                err,
+                "layer {} of {}: {} -> {} bytes, {how}{there}{first}",
+                position + 1,
+                image.layers.len(),
+                layer.source_size,
+                layer.size
+            );
+        }
     }
     let _ = writeln!(err, "{target}");
     drop(err);
-    writeln!(std::io::stdout(), "{}", outcome.manifest_digest)?;
+    let mut out = std::io::stdout().lock();
+    writeln!(out, "{}", outcome.manifest_digest)?;
+    for name in &outcome.extra_images {
+        writeln!(out, "extra image: {name}")?;
+    }
     Ok(())
 }

@@ -12,54 +12,66 @@ use peel_image::tree::Tree;
 use peel_registry::ImageName;
 use peel_store::Store;
 
+use super::convert::format;
+use super::convert::select::Selection;
 use super::look::OpenImage;
 use super::{convert, record};
-use crate::cli::{Global, OptimizeArgs};
+use crate::cli::{Global, LoadArgs, OptimizeArgs};
 use crate::client::Client;
-use crate::convert::patterns;
 use crate::convert::plan::{self, Plan};
+use crate::convert::{Settings, patterns};
 use crate::progress::LoadProgress;
 
-/// Records, converts, pushes; prints the manifest's digest.
+/// Records, converts, pushes; prints the digest of what the target names then.
 pub(super) fn run(global: &Global, args: &OptimizeArgs) -> anyhow::Result<()> {
-    let open = OpenImage::open(global, &args.source, args.load.platform.as_deref())?;
-    let (profile, plan) = if !args.record_in.is_empty() {
+    let format = format::lazy(&args.lazy, args.reuse.reuse)?;
+    let mut selection = Selection::open(global, &args.source, &args.platforms)?;
+    let open = &selection.open;
+    let mut err = std::io::stderr();
+    let found = if args.no_optimize {
+        None
+    } else if selection.host.is_none() {
+        let _ = writeln!(
+            err,
+            "peel: none of the platforms is this machine's: nothing is run, and no file comes first"
+        );
+        None
+    } else if !args.record_in.is_empty() {
         let contents = open.contents()?;
-        planned(
+        Some(planned(
             record::read_all(&args.record_in)?,
             &contents.tree,
             &contents.layers,
-        )
+        ))
     } else if let Some(path) = &args.prefetch_list {
         let list = std::fs::read(path).with_context(|| format!("{}: cannot be read", path.display()))?;
         let list = patterns::parse(&list).with_context(|| path.display().to_string())?;
         let contents = open.contents()?;
         let profile = untimed(plan::matching(&contents.tree, &list));
-        planned(profile, &contents.tree, &contents.layers)
+        Some(planned(profile, &contents.tree, &contents.layers))
     } else {
-        sampled(global, args, &open)?
+        Some(sampled(global, args, open)?)
     };
-    if let Some(path) = &args.record_out {
-        record::write(path, open.image.manifest_digest, &profile, &plan)?;
+    if let Some((profile, plan)) = found {
+        if let Some(path) = &args.record_out {
+            record::write(path, open.image.manifest_digest, &profile, &plan)?;
+        }
+        if plan.files.is_empty() {
+            let _ = writeln!(
+                err,
+                "peel: no file of the image was read; it is written without files that come first"
+            );
+        } else if !global.json {
+            let _ = writeln!(err, "{} files of the image come first", plan.files.len());
+        }
+        let host = selection.host.and_then(|host| selection.parts.get_mut(host));
+        host.context("image of this machine")?.plan = plan;
     }
-    let mut err = std::io::stderr();
-    if plan.files.is_empty() {
-        let _ = writeln!(
-            err,
-            "peel: no file of the image was read; it is written without files that come first"
-        );
-    } else if !global.json {
-        let _ = writeln!(err, "{} files of the image come first", plan.files.len());
-    }
-    let settings = convert::settings(&args.layers, args.reuse, false);
-    let outcome = convert::convert(
-        global,
-        &open.runtime,
-        (&open.source, &open.image),
-        &args.target,
-        &plan,
-        settings,
-    )?;
+    let settings = Settings {
+        planned: !args.no_optimize,
+        ..convert::settings(format, &args.lazy, args.reuse)
+    };
+    let outcome = convert::convert(global, &selection, &args.target, settings)?;
     convert::report(global, &args.target, &outcome)
 }
 
@@ -83,7 +95,17 @@ fn untimed(paths: Vec<EntryPath>) -> Profile {
 
 /// Runs the image and finds what it read.
 fn sampled(global: &Global, args: &OptimizeArgs, open: &OpenImage) -> anyhow::Result<(Profile, Plan)> {
-    let mut request = super::mount_request(global, &args.source, &args.load, true)?;
+    let load = LoadArgs {
+        // One that is named is this machine's, or nothing would be run.
+        platform: args
+            .platforms
+            .platform
+            .first()
+            .filter(|_| args.platforms.platform.len() == 1)
+            .cloned(),
+        how: args.how.clone(),
+    };
+    let mut request = super::mount_request(global, &args.source, &load, true)?;
     request.image = pinned(&args.source, open)?;
     let mut client = Client::connect(global)?;
     let mut progress = LoadProgress::new(&args.source);

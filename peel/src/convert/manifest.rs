@@ -1,21 +1,30 @@
-//! Manifest and configuration of a converted image.
+//! Manifests, configurations and indexes of converted images.
 //!
-//! Both are edited as JSON values, so that fields which nobody here knows survive. The media types become OCI's: Docker's
+//! All are edited as JSON values, so that fields which nobody here knows survive. The media types become OCI's: Docker's
 //! manifest has no annotations, and without those no reader could trust a TOC.
 
+use std::collections::BTreeMap;
+
 use anyhow::{Context, bail};
+use oci_spec::image::Descriptor;
 use peel_image::{Digest, annotations, media};
 use serde_json::{Map, Value, json};
 
-/// Annotations with these beginnings describe the blob that was; they must not be carried over to another.
-const STALE: [&str; 6] = [
+/// Annotations with these beginnings describe a blob; they must not be carried over to another.
+const OF_THE_BLOB: [&str; 5] = [
     "containerd.io/snapshot/stargz/",
     "io.containers.estargz.",
     "io.containers.zstd-chunked.",
     "io.github.containers.zstd-chunked.",
     "dev.peel.",
-    "org.opencontainers.image.ref.name",
 ];
+/// Fields of a descriptor that describe what it names, beside media type, digest and size.
+const OF_THE_CONTENT: [&str; 3] = ["data", "urls", "artifactType"];
+/// The name that a layout gives an image is not the image's.
+const REF_NAME: &str = "org.opencontainers.image.ref.name";
+/// On the entries of an index: the layers are in zstd, so that readers without it choose another entry (containers/image,
+/// `OCI1InstanceAnnotationCompressionZSTD`).
+const ZSTD: &str = "io.github.containers.compression.zstd";
 
 /// A layer as the new manifest names it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -26,30 +35,30 @@ pub struct NewLayer {
     pub size: u64,
     /// Digest of the uncompressed tar stream.
     pub diff_id: Digest,
-    /// sha256 of the TOC JSON.
-    pub toc_digest: Digest,
-    /// Offset of the TOC in the blob.
-    pub toc_offset: u64,
-    /// Bytes of the uncompressed tar stream; `None` for a layer that was kept and does not say.
-    pub uncompressed_size: Option<u64>,
-    /// End of the prioritized range, if there is one.
-    pub prefetch_end: Option<u64>,
+    /// OCI's media type of the blob.
+    pub media_type: String,
+    /// What the descriptor says of the blob.
+    pub annotations: BTreeMap<String, String>,
 }
 
 impl NewLayer {
-    fn annotations(&self) -> Vec<(&'static str, String)> {
-        let mut all = vec![
-            (annotations::TOC_DIGEST, self.toc_digest.to_string()),
-            (annotations::TOC_OFFSET, self.toc_offset.to_string()),
-        ];
-        if let Some(size) = self.uncompressed_size {
-            all.push((annotations::UNCOMPRESSED_SIZE, size.to_string()));
-        }
-        if let Some(end) = self.prefetch_end {
-            all.push((annotations::PREFETCH_END, end.to_string()));
-        }
-        all
+    /// End of the prioritized files in the blob, 0 if there are none.
+    pub fn prefetch_end(&self) -> u64 {
+        let end = self.annotations.get(annotations::PREFETCH_END);
+        end.and_then(|text| text.parse().ok()).unwrap_or(0)
     }
+}
+
+/// The annotations of a descriptor that describe its blob.
+pub fn of_the_blob(descriptor: &Descriptor) -> BTreeMap<String, String> {
+    let all = descriptor.annotations().iter().flatten();
+    all.filter(|(name, _)| is_of_the_blob(name))
+        .map(|(name, value)| (name.clone(), value.clone()))
+        .collect()
+}
+
+fn is_of_the_blob(name: &str) -> bool {
+    OF_THE_BLOB.iter().any(|start| name.starts_with(start))
 }
 
 /// The configuration with other diff ids; everything else stays.
@@ -59,6 +68,14 @@ pub fn config(source: &[u8], layers: &[NewLayer]) -> anyhow::Result<Vec<u8>> {
         bail!("the configuration of the image is not a JSON object");
     };
     let diff_ids: Vec<String> = layers.iter().map(|layer| layer.diff_id.to_string()).collect();
+    let unchanged = fields
+        .get("rootfs")
+        .and_then(|rootfs| rootfs.get("diff_ids"))
+        .is_some_and(|old| *old == json!(diff_ids));
+    if unchanged {
+        // The same bytes, and so the same image id.
+        return Ok(source.to_vec());
+    }
     fields.insert(
         "rootfs".to_owned(),
         json!({"type": "layers", "diff_ids": diff_ids}),
@@ -101,31 +118,93 @@ pub fn manifest(
     if let Some(order) = order {
         kept.insert(annotations::PREFETCH_ORDER.to_owned(), json!(order));
     }
-    fields.remove("annotations");
-    if !kept.is_empty() {
-        fields.insert("annotations".to_owned(), Value::Object(kept));
-    }
+    annotate(fields, kept);
     Ok(serde_json::to_vec(&manifest)?)
 }
 
 fn descriptor(old: &Value, new: &NewLayer) -> Value {
     let mut annotations = kept_annotations(old.get("annotations"));
-    for (name, value) in new.annotations() {
-        annotations.insert(name.to_owned(), json!(value));
+    for (name, value) in &new.annotations {
+        annotations.insert(name.clone(), json!(value));
     }
-    json!({
-        "mediaType": media::OCI_LAYER_GZIP,
-        "digest": new.digest.to_string(),
-        "size": new.size,
-        "annotations": annotations,
-    })
+    let mut fields = old.as_object().cloned().unwrap_or_default();
+    for of_the_old in OF_THE_CONTENT {
+        fields.remove(of_the_old);
+    }
+    fields.insert("mediaType".to_owned(), json!(new.media_type));
+    fields.insert("digest".to_owned(), json!(new.digest.to_string()));
+    fields.insert("size".to_owned(), json!(new.size));
+    annotate(&mut fields, annotations);
+    Value::Object(fields)
 }
 
 fn kept_annotations(old: Option<&Value>) -> Map<String, Value> {
     let old = old.and_then(Value::as_object).cloned().unwrap_or_default();
     old.into_iter()
-        .filter(|(name, value)| value.is_string() && !STALE.iter().any(|stale| name.starts_with(stale)))
+        .filter(|(name, value)| value.is_string() && name != REF_NAME && !is_of_the_blob(name))
         .collect()
+}
+
+fn annotate(fields: &mut Map<String, Value>, annotations: Map<String, Value>) {
+    fields.remove("annotations");
+    if !annotations.is_empty() {
+        fields.insert("annotations".to_owned(), Value::Object(annotations));
+    }
+}
+
+/// A converted image as an index names it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Instance {
+    /// Position of its entry in the source's index.
+    pub position: usize,
+    /// Digest of the new manifest.
+    pub digest: Digest,
+    /// Its size in bytes.
+    pub size: u64,
+}
+
+/// The index with only these entries, in its own order; they keep their platforms and all that does not describe the manifest
+/// that was. `zstd` tells readers that the layers are in zstd.
+pub fn index(source: &[u8], instances: &[Instance], zstd: bool) -> anyhow::Result<Vec<u8>> {
+    let mut index: Value = serde_json::from_slice(source).context("index of the image")?;
+    let Value::Object(fields) = &mut index else {
+        bail!("the index of the image is not a JSON object");
+    };
+    let old = match fields.remove("manifests") {
+        Some(Value::Array(old)) => old,
+        _ => bail!("the index of the image has no manifests"),
+    };
+    let mut new = Vec::new();
+    for (position, mut entry) in old.into_iter().enumerate() {
+        let Some(instance) = instances.iter().find(|instance| instance.position == position) else {
+            continue;
+        };
+        let Value::Object(entry_fields) = &mut entry else {
+            bail!("entry {position} of the index is not a JSON object");
+        };
+        for of_the_old in OF_THE_CONTENT {
+            entry_fields.remove(of_the_old);
+        }
+        entry_fields.insert("mediaType".to_owned(), json!(media::OCI_MANIFEST));
+        entry_fields.insert("digest".to_owned(), json!(instance.digest.to_string()));
+        entry_fields.insert("size".to_owned(), json!(instance.size));
+        let mut kept = kept_annotations(entry_fields.get("annotations"));
+        kept.remove(ZSTD);
+        if zstd {
+            kept.insert(ZSTD.to_owned(), json!("true"));
+        }
+        annotate(entry_fields, kept);
+        new.push(entry);
+    }
+    if new.len() != instances.len() {
+        bail!("the index of the image has not the entries that were converted");
+    }
+    fields.insert("schemaVersion".to_owned(), json!(2));
+    fields.insert("mediaType".to_owned(), json!(media::OCI_INDEX));
+    fields.insert("manifests".to_owned(), Value::Array(new));
+    let kept = kept_annotations(fields.get("annotations"));
+    annotate(fields, kept);
+    Ok(serde_json::to_vec(&index)?)
 }
 
 #[cfg(test)]
@@ -133,14 +212,16 @@ mod tests {
     use super::*;
 
     fn layer(prefetch_end: Option<u64>) -> NewLayer {
+        let mut all = BTreeMap::from([(annotations::TOC_DIGEST.to_owned(), "toc".to_owned())]);
+        if let Some(end) = prefetch_end {
+            all.insert(annotations::PREFETCH_END.to_owned(), end.to_string());
+        }
         NewLayer {
             digest: Digest::of(b"blob"),
             size: 100,
             diff_id: Digest::of(b"tar"),
-            toc_digest: Digest::of(b"toc"),
-            toc_offset: 40,
-            uncompressed_size: Some(1000),
-            prefetch_end,
+            media_type: media::OCI_LAYER_ZSTD.to_owned(),
+            annotations: all,
         }
     }
 
@@ -153,6 +234,15 @@ mod tests {
         expected["rootfs"]["diff_ids"] = json!([Digest::of(b"tar").to_string()]);
         assert_eq!(new, expected);
         assert!(config(b"[]", &[]).is_err());
+    }
+
+    #[test]
+    fn a_configuration_that_stays_stays_byte_for_byte() {
+        let odd = format!(
+            r#"{{ "z":1,  "rootfs": {{"diff_ids": ["{}"], "type": "layers"}}, "a":2}}"#,
+            Digest::of(b"tar")
+        );
+        assert_eq!(config(odd.as_bytes(), &[layer(None)]).unwrap(), odd.as_bytes());
     }
 
     #[test]
@@ -174,12 +264,10 @@ mod tests {
                 "schemaVersion": 2,
                 "mediaType": media::OCI_MANIFEST,
                 "config": {"mediaType": media::OCI_CONFIG, "digest": Digest::of(b"{}").to_string(), "size": 2},
-                "layers": [{"mediaType": media::OCI_LAYER_GZIP, "digest": Digest::of(b"blob").to_string(), "size": 100,
+                "layers": [{"mediaType": media::OCI_LAYER_ZSTD, "digest": Digest::of(b"blob").to_string(), "size": 100,
                     "annotations": {
                         "mine": "kept",
-                        annotations::TOC_DIGEST: Digest::of(b"toc").to_string(),
-                        annotations::UNCOMPRESSED_SIZE: "1000",
-                        annotations::TOC_OFFSET: "40",
+                        annotations::TOC_DIGEST: "toc",
                         annotations::PREFETCH_END: "30",
                     }}],
                 "annotations": {"org.opencontainers.image.title": "t", annotations::PREFETCH_ORDER: "0:30"},
@@ -192,5 +280,52 @@ mod tests {
             json!({"org.opencontainers.image.title": "t"})
         );
         assert!(manifest(&source, b"{}", &[], None).is_err());
+    }
+
+    #[test]
+    fn an_index_keeps_what_it_says_of_its_entries() {
+        let source = json!({
+            "schemaVersion": 2,
+            "mediaType": media::DOCKER_INDEX,
+            "annotations": {"title": "t", "dev.peel.x": "stale"},
+            "odd": true,
+            "manifests": [
+                {"mediaType": media::DOCKER_MANIFEST, "digest": "sha256:a", "size": 1, "data": "e30=",
+                    "platform": {"os": "linux", "architecture": "arm", "variant": "v7", "os.features": ["x"]}},
+                {"mediaType": media::DOCKER_MANIFEST, "digest": "sha256:b", "size": 1,
+                    "platform": {"os": "unknown", "architecture": "unknown"}},
+                {"mediaType": media::DOCKER_MANIFEST, "digest": "sha256:c", "size": 1, "annotations": {"mine": "kept"},
+                    "platform": {"os": "linux", "architecture": "amd64"}},
+            ],
+        });
+        let source = serde_json::to_vec(&source).unwrap();
+        let instance = |position: usize| Instance {
+            position,
+            digest: Digest::of(&[u8::try_from(position).unwrap()]),
+            size: 10 + position as u64,
+        };
+        let new: Value =
+            serde_json::from_slice(&index(&source, &[instance(2), instance(0)], true).unwrap()).unwrap();
+        assert_eq!(
+            new,
+            json!({
+                "schemaVersion": 2,
+                "mediaType": media::OCI_INDEX,
+                "annotations": {"title": "t"},
+                "odd": true,
+                "manifests": [
+                    {"mediaType": media::OCI_MANIFEST, "digest": instance(0).digest.to_string(), "size": 10,
+                        "annotations": {ZSTD: "true"},
+                        "platform": {"os": "linux", "architecture": "arm", "variant": "v7", "os.features": ["x"]}},
+                    {"mediaType": media::OCI_MANIFEST, "digest": instance(2).digest.to_string(), "size": 12,
+                        "annotations": {"mine": "kept", ZSTD: "true"},
+                        "platform": {"os": "linux", "architecture": "amd64"}},
+                ],
+            })
+        );
+        let again = index(&serde_json::to_vec(&new).unwrap(), &[instance(1)], false).unwrap();
+        let again: Value = serde_json::from_slice(&again).unwrap();
+        assert_eq!(again["manifests"][0]["annotations"], json!({"mine": "kept"}));
+        assert!(index(&source, &[instance(3)], true).is_err());
     }
 }

@@ -44,6 +44,25 @@ pub struct ResolvedIndex {
     pub media_type: String,
 }
 
+impl ResolvedIndex {
+    /// Position of the entry for `platform` (`os/architecture[/variant]`; `None` is this machine), as [`Source::resolve`] would choose
+    /// it; `None` if there is none or the text is no platform.
+    pub fn choose(&self, platform: Option<&str>) -> Option<usize> {
+        let wanted = match platform {
+            None => platform::Wanted::host(),
+            Some(text) => platform::Wanted::parse(text)?,
+        };
+        let manifests = self.index.manifests();
+        let chosen = wanted.choose(manifests).or_else(|| nameless(manifests))?;
+        manifests.iter().position(|entry| std::ptr::eq(entry, chosen))
+    }
+
+    /// The platforms of all entries, for people: `os/architecture[/variant]`.
+    pub fn platforms(&self) -> Vec<String> {
+        self.index.manifests().iter().map(platform::show).collect()
+    }
+}
+
 /// A manifest or an index.
 #[derive(Debug, Clone)]
 pub(crate) struct Document {

@@ -1,0 +1,438 @@
+//! One layer of a conversion: kept, used again from an earlier conversion, or made anew. [`Conversion`](super::Conversion) calls
+//! it once for each layer that is different from all others.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use anyhow::{Context, bail};
+use bytes::Bytes;
+use oci_spec::image::Descriptor;
+use peel_image::layer::{ChunkSource, Encoding, EntryKind, LayerIndex};
+use peel_image::path::EntryPath;
+use peel_image::write::order::Orphans;
+use peel_image::write::{Dialect, Format, Options, Written};
+use peel_image::{Digest, annotations, media};
+use peel_registry::{Blob, BlobUpload, Source, Target, Upload};
+use tokio::runtime::Handle;
+use tokio::sync::mpsc;
+
+use super::Settings;
+use super::earlier::{self, Earlier, Made};
+use super::manifest::{self, NewLayer};
+use super::stream::{self, Counted};
+use super::toc_image::Toc;
+use crate::layers;
+
+/// How often a layer is begun again when a registry has lost its upload.
+const RESTARTS: u32 = 3;
+
+/// A layer to convert.
+#[derive(Debug, Clone)]
+pub(super) struct Job {
+    /// As the source's manifest has it.
+    pub(super) descriptor: Descriptor,
+    /// Its DiffID by the configuration.
+    pub(super) diff_id: Digest,
+    /// Files that come first.
+    pub(super) first: Vec<EntryPath>,
+}
+
+/// What every layer of a conversion needs.
+#[derive(Debug)]
+pub(super) struct Shared<'a> {
+    pub(super) source: &'a Source,
+    pub(super) target: &'a Target,
+    pub(super) settings: &'a Settings,
+    pub(super) earlier: Earlier,
+    pub(super) progress: Arc<AtomicU64>,
+}
+
+/// What became of a layer.
+#[derive(Debug, Clone)]
+pub(super) struct Done {
+    /// How the manifest names it.
+    pub(super) new: NewLayer,
+    /// What to tell.
+    pub(super) outcome: LayerOutcome,
+    /// Where the prioritized files end in the blob.
+    pub(super) ends: HashMap<EntryPath, u64>,
+    /// Its table of contents, if that is not in the blob.
+    pub(super) toc: Option<Toc>,
+}
+
+/// How a layer came about.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum How {
+    /// Made anew.
+    Converted,
+    /// What was asked for already.
+    Kept,
+    /// Made by an earlier conversion, whose result the target's name holds.
+    Reused,
+}
+
+/// What became of a layer, for people and machines.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
+pub struct LayerOutcome {
+    /// Digest of the blob that was read.
+    pub source_digest: Digest,
+    /// Its size in bytes.
+    pub source_size: u64,
+    /// Digest of the blob in the target.
+    pub digest: Digest,
+    /// Its size in bytes.
+    pub size: u64,
+    /// How it came about.
+    pub how: How,
+    /// Whether it was sent; not if the target had it, or took it from another of its repositories.
+    pub sent: bool,
+    /// Number of files that come first.
+    pub prioritized: usize,
+    /// Where they end in the blob.
+    pub prefetch_end: Option<u64>,
+}
+
+impl Shared<'_> {
+    /// Converts one layer.
+    pub(super) async fn layer(&self, job: &Job) -> anyhow::Result<Done> {
+        let media_type = job.descriptor.media_type().to_string();
+        let Some(encoding) = media::layer_encoding(&media_type) else {
+            bail!("its media type {media_type} is not that of a layer; such images cannot be converted");
+        };
+        let blob = self.source.blob(&job.descriptor)?;
+        if self.settings.reuse
+            && job.first.is_empty()
+            && let Some(annotations) = self.already(&blob, job).await?
+        {
+            return self.keep(&blob, job, encoding, annotations).await;
+        }
+        let options = Options {
+            format: self.settings.format,
+            prioritized: job.first.iter().map(|path| path.as_bytes().to_vec()).collect(),
+            // Many builders leave parent directories out of upper layers; their files must come first all the same.
+            orphans: Orphans::Move,
+            threads: self.settings.threads,
+        };
+        let recipe = earlier::recipe(&options);
+        if let Some(made) = self.earlier.layer(blob.digest(), recipe)
+            && let Some(done) = self.again(&blob, job, made).await?
+        {
+            return Ok(done);
+        }
+        let mut restarts = 0;
+        loop {
+            let counted = Arc::new(AtomicU64::new(0));
+            let error = match self.convert(&blob, job, &options, recipe, &counted).await {
+                Ok(done) => return Ok(done),
+                Err(error) => error,
+            };
+            let lost = matches!(
+                error.downcast_ref(),
+                Some(peel_registry::Error::UploadLost { .. })
+            );
+            if !lost || restarts >= RESTARTS {
+                return Err(error);
+            }
+            restarts += 1;
+            self.progress
+                .fetch_sub(counted.load(Ordering::Relaxed), Ordering::Relaxed);
+            tracing::warn!(
+                layer = %blob.digest(),
+                "{error}; converting the layer again ({restarts} of at most {RESTARTS} times)"
+            );
+        }
+    }
+
+    /// Passes a layer on as it is.
+    async fn keep(
+        &self,
+        blob: &Blob,
+        job: &Job,
+        encoding: Encoding,
+        annotations: std::collections::BTreeMap<String, String>,
+    ) -> anyhow::Result<Done> {
+        let sent = self
+            .target
+            .push_blob(blob.digest(), blob.size(), Upload::Blob(blob.clone()))
+            .await?;
+        self.progress.fetch_add(blob.size(), Ordering::Relaxed);
+        let media_type = match encoding {
+            Encoding::Gzip => media::OCI_LAYER_GZIP,
+            Encoding::Zstd => media::OCI_LAYER_ZSTD,
+            Encoding::Plain => media::OCI_LAYER,
+        };
+        let new = NewLayer {
+            digest: blob.digest(),
+            size: blob.size(),
+            diff_id: job.diff_id,
+            media_type: media_type.to_owned(),
+            annotations,
+        };
+        Ok(self.done(blob, new, How::Kept, sent, 0))
+    }
+
+    fn done(&self, blob: &Blob, new: NewLayer, how: How, sent: bool, prioritized: usize) -> Done {
+        let outcome = LayerOutcome {
+            source_digest: blob.digest(),
+            source_size: blob.size(),
+            digest: new.digest,
+            size: new.size,
+            how,
+            sent,
+            prioritized,
+            prefetch_end: Some(new.prefetch_end()).filter(|end| *end > 0),
+        };
+        Done {
+            new,
+            outcome,
+            ends: HashMap::new(),
+            toc: None,
+        }
+    }
+
+    /// The annotations of a layer that need not be rewritten: it has the format that is asked for, and the manifest vouches
+    /// for its TOC.
+    async fn already(
+        &self,
+        blob: &Blob,
+        job: &Job,
+    ) -> anyhow::Result<Option<std::collections::BTreeMap<String, String>>> {
+        let examined = layers::examine(blob, &job.descriptor).await?;
+        if !is_asked_for(&examined, self.settings.format) {
+            return Ok(None);
+        }
+        let mut kept = manifest::of_the_blob(&job.descriptor);
+        if let Some(offset) = examined.toc_offset {
+            kept.insert(annotations::TOC_OFFSET.to_owned(), offset.to_string());
+        }
+        if self.settings.planned {
+            // Nothing of it was read: what came first in it for another start is of no use for this one.
+            kept.remove(annotations::PREFETCH_END);
+        }
+        Ok(Some(kept))
+    }
+
+    /// The layer that an earlier conversion made, if all of it is still there.
+    async fn again(&self, blob: &Blob, job: &Job, made: &Made) -> anyhow::Result<Option<Done>> {
+        let digest: Digest = made.descriptor.digest().to_string().parse()?;
+        let size = made.descriptor.size();
+        if keeps_tar(self.settings.format, &job.first) && made.diff_id != job.diff_id {
+            return Ok(None);
+        }
+        let toc = match (self.settings.format, self.earlier.toc(&digest)) {
+            (
+                Format::Estargz {
+                    external_toc: true, ..
+                },
+                None,
+            ) => return Ok(None),
+            (
+                Format::Estargz {
+                    external_toc: true, ..
+                },
+                Some(toc),
+            ) => {
+                let (toc_digest, toc_size) = (toc.digest().to_string().parse()?, toc.size());
+                if !self.target.has_blob(&toc_digest, toc_size).await? {
+                    return Ok(None);
+                }
+                Some(Toc {
+                    digest: toc_digest,
+                    size: toc_size,
+                    layer: digest,
+                })
+            }
+            _ => None,
+        };
+        let ends = match job.first.is_empty() {
+            true => HashMap::new(),
+            // The order across layers needs to know where each file ends, which only the table of contents says.
+            false => match self.ends(made).await {
+                Some(ends) => ends,
+                None => return Ok(None),
+            },
+        };
+        if !self.target.has_blob(&digest, size).await? {
+            return Ok(None);
+        }
+        self.progress.fetch_add(blob.size(), Ordering::Relaxed);
+        let new = NewLayer {
+            digest,
+            size,
+            diff_id: made.diff_id,
+            media_type: made.descriptor.media_type().to_string(),
+            annotations: manifest::of_the_blob(&made.descriptor),
+        };
+        let found = job.first.iter().filter(|path| ends.contains_key(path)).count();
+        Ok(Some(Done {
+            ends,
+            toc,
+            ..self.done(blob, new, How::Reused, false, found)
+        }))
+    }
+
+    /// Where the files of an earlier layer end in its blob.
+    async fn ends(&self, made: &Made) -> Option<HashMap<EntryPath, u64>> {
+        let blob = self.earlier.source()?.blob(&made.descriptor).ok()?;
+        let examined = layers::examine(&blob, &made.descriptor).await.ok()?;
+        Some(chunk_ends(&examined.index.ok()?))
+    }
+
+    /// Makes a layer and sends it meanwhile.
+    async fn convert(
+        &self,
+        blob: &Blob,
+        job: &Job,
+        options: &Options,
+        recipe: Digest,
+        counted: &Arc<AtomicU64>,
+    ) -> anyhow::Result<Done> {
+        let keeps_tar = keeps_tar(options.format, &job.first);
+        let mut upload = self.target.begin_blob().await?;
+        let compressed = layers::reader(blob, &Handle::current()).await?;
+        let compressed = Counted::new(compressed, Arc::clone(&self.progress), Arc::clone(counted));
+        let (sink, pieces) = stream::sink();
+        let writing = {
+            let options = options.clone();
+            tokio::task::spawn_blocking(move || stream::write(compressed, sink, &options, keeps_tar))
+        };
+        let sent = forward(&mut upload, pieces).await;
+        let written = writing.await.context("conversion thread")?;
+        let (written, source_diff_id) = match (sent, written) {
+            (Ok(()), Ok(written)) => written,
+            // The writer's complaint that nobody takes its output says less than why.
+            (Err(error), _) => {
+                upload.abort().await;
+                return Err(error.into());
+            }
+            (Ok(()), Err(error)) => {
+                upload.abort().await;
+                return Err(error);
+            }
+        };
+        let found = source_diff_id.unwrap_or(written.diff_id);
+        if found != job.diff_id {
+            upload.abort().await;
+            bail!(
+                "its uncompressed bytes are {found}, but the configuration of the image says {}: manifest and configuration do not \
+                 belong together, or the layer was altered; pull or build the image again",
+                job.diff_id
+            );
+        }
+        let sent = upload.finish(written.blob_digest, written.blob_size).await?;
+        let toc = match &written.external_toc {
+            None => None,
+            Some(bytes) => Some(Toc {
+                digest: self.target.push_bytes(Bytes::from(bytes.clone())).await?,
+                size: bytes.len() as u64,
+                layer: written.blob_digest,
+            }),
+        };
+        self.tell_missing(blob, job, &written);
+        let prioritized = job.first.len().saturating_sub(written.not_found.len());
+        let mut annotations = written.annotations;
+        annotations.insert(earlier::SOURCE.to_owned(), blob.digest().to_string());
+        annotations.insert(earlier::RECIPE.to_owned(), recipe.to_string());
+        let new = NewLayer {
+            digest: written.blob_digest,
+            size: written.blob_size,
+            diff_id: written.diff_id,
+            media_type: written.media_type.to_owned(),
+            annotations,
+        };
+        Ok(Done {
+            ends: written.file_ends,
+            toc,
+            ..self.done(blob, new, How::Converted, sent, prioritized)
+        })
+    }
+
+    fn tell_missing(&self, blob: &Blob, job: &Job, written: &Written) {
+        if self.settings.for_every_layer {
+            return;
+        }
+        if let Some(missing) = written.not_found.first() {
+            tracing::warn!(
+                layer = %blob.digest(),
+                "{} of {} recorded files could not be put first, among them {}",
+                written.not_found.len(),
+                job.first.len(),
+                String::from_utf8_lossy(&missing.path)
+            );
+        }
+    }
+}
+
+/// Sends what the writer makes, as it makes it. The writer's end of the queue fails once this has returned.
+async fn forward(
+    upload: &mut BlobUpload,
+    mut pieces: mpsc::Receiver<Bytes>,
+) -> Result<(), peel_registry::Error> {
+    while let Some(piece) = pieces.recv().await {
+        upload.write(piece).await?;
+    }
+    Ok(())
+}
+
+/// Whether the written layer uncompresses to the very bytes that were read, so that both have one DiffID.
+fn keeps_tar(format: Format, first: &[EntryPath]) -> bool {
+    match format {
+        Format::Estargz { keep_diff_id, .. } => keep_diff_id,
+        Format::ZstdChunked { dialect, .. } => dialect == Dialect::Podman && first.is_empty(),
+        Format::Gzip { .. } | Format::Zstd { .. } | Format::Plain => true,
+    }
+}
+
+/// Whether a layer is what a conversion to `format` would make of it, chunk sizes and levels aside.
+fn is_asked_for(examined: &layers::Examined, format: Format) -> bool {
+    let wanted = match format {
+        Format::Estargz {
+            external_toc: false, ..
+        } => layers::Format::Estargz,
+        Format::Estargz {
+            external_toc: true, ..
+        } => return false,
+        Format::ZstdChunked {
+            dialect: Dialect::Podman,
+            ..
+        } => layers::Format::ZstdChunkedContainers,
+        Format::ZstdChunked {
+            dialect: Dialect::Stargz,
+            ..
+        } => layers::Format::ZstdChunkedStargz,
+        Format::Gzip { .. } => return examined.format == layers::Format::Gzip,
+        Format::Zstd { .. } => return examined.format == layers::Format::Zstd,
+        Format::Plain => return examined.format == layers::Format::Tar,
+    };
+    examined.format == wanted
+        && matches!(examined.toc, layers::TocState::Verified { .. })
+        && examined.index.is_ok()
+}
+
+/// Where each file ends in the blob.
+fn chunk_ends(index: &LayerIndex) -> HashMap<EntryPath, u64> {
+    let end_of = |kind: &EntryKind| {
+        let EntryKind::Regular(content) = kind else {
+            return None;
+        };
+        content.chunks.iter().filter_map(|chunk| end(&chunk.source)).max()
+    };
+    index
+        .entries
+        .iter()
+        .filter_map(|entry| Some((entry.path.clone(), end_of(&entry.kind)?)))
+        .collect()
+}
+
+fn end(source: &ChunkSource) -> Option<u64> {
+    match source {
+        ChunkSource::Blob {
+            offset,
+            compressed_size,
+            ..
+        } => offset.checked_add(*compressed_size),
+        ChunkSource::Zeros => None,
+    }
+}
