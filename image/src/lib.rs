@@ -3,6 +3,7 @@
 //! * [`digest`]: content addresses (sha256).
 //! * [`layer`]: the format-independent model of one layer: entries, file chunks and where they lie in the blob.
 //! * [`tar`]: reading and writing tar streams; [`compression`]: telling and undoing gzip and zstd.
+//! * [`tar_split`]: a tar stream without its contents, and made again from them.
 //! * [`estargz`]: footers and TOC. * [`mod@write`]: layers written in every format.
 //! * [`tree`]: layers merged into one file tree (whiteouts applied).
 //! * [`profile`]: what an image touched while it started.
@@ -20,6 +21,7 @@ pub mod media;
 pub mod path;
 pub mod profile;
 pub mod tar;
+pub mod tar_split;
 pub mod tree;
 pub mod write;
 
