@@ -1,0 +1,269 @@
+//! Images for several platforms: which of them are converted, and what the index says of them afterwards.
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on fails where it is")]
+
+use std::io::Write;
+
+use flate2::Compression;
+use flate2::write::GzEncoder;
+use peel::demo::registry::Registry;
+use peel_image::{Digest, media};
+use peel_tests::image::Tar;
+use peel_tests::world::{World, errors};
+use serde_json::{Value, json};
+
+/// Go's name of this machine's architecture, and another one.
+const ARCHITECTURES: [&str; 2] = if cfg!(target_arch = "aarch64") {
+    ["arm64", "amd64"]
+} else {
+    ["amd64", "arm64"]
+};
+
+fn gzip(bytes: &[u8]) -> Vec<u8> {
+    let mut encoder = GzEncoder::new(Vec::new(), Compression::default());
+    encoder.write_all(bytes).unwrap();
+    encoder.finish().unwrap()
+}
+
+/// Pushes an image of one layer, which it shares with the others, and one that tells the architecture; its index entry.
+fn image(registry: &Registry, architecture: &str, variant: Option<&str>) -> Value {
+    let content = registry.content();
+    let shared = Tar::new().file("shared", &[b's'; 100_000]).finish();
+    let own = Tar::new().file("arch", architecture.as_bytes()).finish();
+    let layers: Vec<Value> = [&shared, &own]
+        .into_iter()
+        .map(|tar| {
+            let blob = gzip(tar);
+            let digest = content.put_blob(&blob).unwrap();
+            json!({"mediaType": media::DOCKER_LAYER_GZIP, "digest": digest.to_string(), "size": blob.len()})
+        })
+        .collect();
+    let config = json!({
+        "architecture": architecture,
+        "os": "linux",
+        "config": {"Cmd": ["/arch"], "Odd": {"x": 1}},
+        "history": [{"created_by": "one"}, {"created_by": "none", "empty_layer": true}, {"created_by": "two"}],
+        "rootfs": {"type": "layers", "diff_ids": [Digest::of(&shared).to_string(), Digest::of(&own).to_string()]},
+    })
+    .to_string();
+    let manifest = json!({
+        "schemaVersion": 2,
+        "mediaType": media::DOCKER_MANIFEST,
+        "config": {
+            "mediaType": media::DOCKER_CONFIG,
+            "digest": content.put_blob(config.as_bytes()).unwrap().to_string(),
+            "size": config.len(),
+        },
+        "layers": layers,
+    })
+    .to_string();
+    let digest = Digest::of(manifest.as_bytes()).to_string();
+    content
+        .put_manifest("multi", &digest, media::DOCKER_MANIFEST, manifest.as_bytes())
+        .unwrap();
+    let mut platform = json!({"os": "linux", "architecture": architecture, "os.features": ["odd"]});
+    if let Some(variant) = variant {
+        platform["variant"] = variant.into();
+    }
+    json!({"mediaType": media::DOCKER_MANIFEST, "digest": digest, "size": manifest.len(), "platform": platform})
+}
+
+/// An index of this machine's image, two others, and an attestation.
+fn multi(registry: &Registry) -> String {
+    let statement = json!({
+        "mediaType": media::OCI_MANIFEST,
+        "digest": Digest::of(b"statement").to_string(),
+        "size": 9,
+        "platform": {"os": "unknown", "architecture": "unknown"},
+        "annotations": {"vnd.docker.reference.type": "attestation-manifest"},
+    });
+    let index = json!({
+        "schemaVersion": 2,
+        "mediaType": media::DOCKER_INDEX,
+        "manifests": [
+            image(registry, "arm", Some("v7")),
+            image(registry, ARCHITECTURES[0], None),
+            image(registry, ARCHITECTURES[1], None),
+            statement,
+        ],
+    })
+    .to_string();
+    registry
+        .content()
+        .put_manifest("multi", "v1", media::DOCKER_INDEX, index.as_bytes())
+        .unwrap();
+    format!("{}/multi:v1", registry.addr())
+}
+
+/// Converts; what the target's tag names then: media type and document.
+fn convert(world: &World, registry: &Registry, flags: &[&str], tag: &str) -> (String, Value) {
+    let source = multi(registry);
+    let target = format!("{}/multi:{tag}", registry.addr());
+    let arguments: Vec<&str> = ["convert"]
+        .iter()
+        .chain(flags)
+        .copied()
+        .chain([source.as_str(), target.as_str()])
+        .collect();
+    let printed = world.ok(&arguments);
+    let manifest = registry.content().manifest("multi", tag).unwrap();
+    assert_eq!(printed.lines().next(), Some(manifest.digest.to_string().as_str()));
+    (manifest.media_type.clone(), document(registry, manifest.digest))
+}
+
+fn document(registry: &Registry, digest: Digest) -> Value {
+    let bytes = std::fs::read(registry.content().blob_path(&digest)).unwrap();
+    serde_json::from_slice(&bytes).unwrap()
+}
+
+fn platforms(index: &Value) -> Vec<String> {
+    let entries = index["manifests"].as_array().unwrap();
+    entries
+        .iter()
+        .map(|entry| entry["platform"]["architecture"].as_str().unwrap().to_owned())
+        .collect()
+}
+
+#[test]
+fn one_platform_is_a_manifest() {
+    let world = World::new();
+    let registry = world.registry();
+    for (flags, architecture) in [
+        (vec![], ARCHITECTURES[0]),
+        (vec!["--platform", "linux/arm/v7"], "arm"),
+    ] {
+        let (media_type, manifest) = convert(&world, &registry, &flags, "one");
+        assert_eq!(media_type, media::OCI_MANIFEST);
+        let digest = manifest["config"]["digest"].as_str().unwrap().parse().unwrap();
+        let config = document(&registry, digest);
+        assert_eq!(config["architecture"], architecture);
+        assert_eq!(config["history"].as_array().unwrap().len(), 3);
+        assert_eq!(config["config"]["Odd"]["x"], 1);
+        let name = format!("{}/multi:one", registry.addr());
+        assert_eq!(world.ok(&["cat", &name, "/arch"]), architecture);
+    }
+}
+
+#[test]
+fn all_platforms_are_an_index() {
+    let world = World::new();
+    let registry = world.registry();
+    let source: Value = {
+        multi(&registry);
+        document(
+            &registry,
+            registry.content().manifest("multi", "v1").unwrap().digest,
+        )
+    };
+    for (flags, zstd) in [(vec!["--all-platforms"], false)] {
+        let (media_type, index) = convert(&world, &registry, &flags, "all");
+        assert_eq!(media_type, media::OCI_INDEX);
+        assert_eq!(platforms(&index), ["arm", ARCHITECTURES[0], ARCHITECTURES[1]]);
+        let pairs = index["manifests"].as_array().unwrap().iter();
+        for (entry, old) in pairs.zip(source["manifests"].as_array().unwrap()) {
+            assert_eq!(entry["platform"], old["platform"]);
+            assert_eq!(entry["mediaType"], media::OCI_MANIFEST);
+            let marked = &entry["annotations"]["io.github.containers.compression.zstd"];
+            assert_eq!(marked == "true", zstd, "{entry}");
+            let digest = entry["digest"].as_str().unwrap().parse().unwrap();
+            let manifest = document(&registry, digest);
+            assert_eq!(
+                std::fs::metadata(registry.content().blob_path(&digest))
+                    .unwrap()
+                    .len(),
+                entry["size"].as_u64().unwrap()
+            );
+            assert_eq!(manifest["layers"].as_array().unwrap().len(), 2);
+        }
+        let name = format!("{}/multi:all", registry.addr());
+        for platform in ["arm/v7", ARCHITECTURES[0], ARCHITECTURES[1]] {
+            let wanted = format!("linux/{platform}");
+            let shown = world.ok(&["cat", "--platform", &wanted, &name, "/arch"]);
+            assert!(platform.starts_with(&shown), "{shown} for {platform}");
+        }
+    }
+}
+
+#[test]
+fn platforms_by_name_and_again() {
+    let world = World::new();
+    let registry = world.registry();
+    let other = format!("linux/{}", ARCHITECTURES[1]);
+    let flags = ["--platform", other.as_str(), "--platform", "linux/arm"];
+    let (_, index) = convert(&world, &registry, &flags, "some");
+    assert_eq!(platforms(&index), ["arm", ARCHITECTURES[1]]);
+    // The second run finds all layers of all platforms.
+    let from = registry.log().len();
+    let (_, again) = convert(&world, &registry, &flags, "some");
+    assert_eq!(again, index);
+    let log = registry.log();
+    let uploads = log
+        .iter()
+        .skip(from)
+        .filter(|request| request.target.contains("/uploads/"));
+    assert_eq!(uploads.count(), 0);
+
+    let source = multi(&registry);
+    let target = format!("{}/multi:never", registry.addr());
+    let arguments = [
+        "convert",
+        "--platform",
+        "linux/s390x",
+        "--platform",
+        "linux/arm",
+        &source,
+        &target,
+    ];
+    let output = world.run(&arguments);
+    let message = errors(&output);
+    assert!(!output.status.success());
+    assert!(
+        message.contains("linux/s390x") && message.contains("linux/arm/v7"),
+        "{message}"
+    );
+}
+
+#[test]
+fn attestations_are_left_out_with_a_note() {
+    let world = World::new();
+    let registry = world.registry();
+    let source = multi(&registry);
+    let target = format!("{}/multi:noted", registry.addr());
+    let output = world.run(&["convert", "--all-platforms", &source, &target]);
+    assert!(output.status.success(), "{}", errors(&output));
+    assert!(errors(&output).contains("1 of 4 entries"), "{}", errors(&output));
+}
+
+#[test]
+fn only_this_machines_image_is_optimized() {
+    let world = World::new();
+    let registry = world.registry();
+    let source = multi(&registry);
+    let target = format!("{}/multi:first", registry.addr());
+    let list = world.path("list");
+    std::fs::write(&list, "arch\n").unwrap();
+    let arguments = [
+        "--json",
+        "optimize",
+        "--all-platforms",
+        "--prefetch-list",
+        list.to_str().unwrap(),
+        &source,
+        &target,
+    ];
+    let outcome: Value = serde_json::from_str(&world.ok(&arguments)).unwrap();
+    for image in outcome["images"].as_array().unwrap() {
+        let first: Vec<bool> = image["layers"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|layer| layer["prefetch_end"].is_u64())
+            .collect();
+        let host = image["platform"] == format!("linux/{}", ARCHITECTURES[0]);
+        assert_eq!(first, [false, host], "{image}");
+    }
+    // Without this machine's image nothing is run.
+    let other = format!("linux/{}", ARCHITECTURES[1]);
+    let output = world.run(&["optimize", "--platform", &other, &source, &target]);
+    assert!(output.status.success(), "{}", errors(&output));
+    assert!(errors(&output).contains("nothing is run"), "{}", errors(&output));
+}
