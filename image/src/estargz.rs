@@ -24,8 +24,6 @@ pub use footer::{FooterError, TocLocation, locate};
 pub use index::read_index;
 pub use toc::{TocBytes, TocError, extract_toc};
 
-use crate::path::EntryPath;
-
 /// Name of the tar entry that holds the TOC.
 pub const TOC_NAME: &str = "stargz.index.json";
 /// Name of the file in the root directory that ends the prioritized files of a layer.
@@ -41,10 +39,10 @@ pub const TOC_JSON_MAX: u64 = 150 << 20;
 /// Longest TOC member in bytes: JSON that does not compress at all, and the tar headers around it.
 pub const TOC_MEMBER_MAX: u64 = TOC_JSON_MAX + (1 << 20);
 
-/// Whether this path is part of the format and not of the image: the TOC and the landmarks in the root directory. A layer
+/// Whether this clean path is part of the format and not of the image: the TOC and the landmarks in the root directory. A layer
 /// that is unpacked as a tar stream shows them; its TOC lists the landmarks, and [`read_index`] leaves them out.
-pub fn is_reserved(path: &EntryPath) -> bool {
+pub fn is_reserved(path: &[u8]) -> bool {
     [TOC_NAME, PREFETCH_LANDMARK, NO_PREFETCH_LANDMARK]
         .iter()
-        .any(|name| path.as_bytes() == name.as_bytes())
+        .any(|name| path == name.as_bytes())
 }

@@ -3,38 +3,58 @@
 //!
 //! ```text
 //! write -> intake:    tar entries; chunks -> pool (compress, hash) -> spool;   order of the entries is open
-//!       -> order      prioritized files first
-//!       -> assembly:  spool -> pool (compress headers, inflate chunks) -> output;   TOC, DiffID, blob digest
+//!       -> order      prioritized files first, duplicates dropped
+//!       -> assembly:  spool -> pool (compress headers) -> output;   TOC, tar-split, DiffID, blob digest
 //! ```
 //!
-//! Every chunk is a gzip member of its own, so it can be compressed before its place is known; the headers between chunks
-//! make up further members. Work is cut by content alone and put together in the input's order, and members carry no time:
-//! the output is the same bytes for the same input and options, whatever the number of threads. Headers are copied byte
-//! for byte wherever they mean the same at another place.
+//! Every chunk is a gzip member or zstd frame of its own, so it can be compressed before its place is known; the headers
+//! between chunks make up further streams. (Where chunks share streams, `min_chunk_size`, they are compressed once more when
+//! the order is known.) Work is cut by content alone and put together in the input's order, and streams carry no time: the
+//! output is the same bytes for the same input and options, whatever the number of threads. Headers are copied byte for byte
+//! wherever they mean the same at another place.
 //!
-//! Memory is bounded by the work in flight (tens of MiB), a hundred-odd bytes per entry, and the TOC.
+//! | format | what becomes of the tar stream |
+//! |---|---|
+//! | eStargz, zstd:chunked (stargz) | a landmark is added, an eStargz TOC too, what follows the last entry is left out; earlier entries of the same path, TOC and landmarks of the input are dropped |
+//! | eStargz with `keep_diff_id` | kept byte for byte, or an error |
+//! | zstd:chunked (Podman) | kept byte for byte, unless files move, or paths occur twice (the last one stays), or an entry means something else to Podman (GNU sparse files, global PAX headers, volume labels): such entries get new headers |
+//! | gzip, zstd, plain | kept byte for byte, but for TOC and landmarks of an eStargz layer: [`mod@plain`] |
+//!
+//! Memory is bounded by the work in flight (below 100 MiB), about 80 bytes per entry beside its path and as much again while the
+//! order is made, and the compressed TOC: with a million entries below 256 MiB. The spool holds the compressed chunks and,
+//! compressed many at a time, the headers: less than the blob.
 
 mod assembly;
+mod blob;
+mod coder;
+mod finish;
 mod intake;
 pub mod order;
+mod pack;
+pub mod plain;
 mod pool;
+mod record;
+mod rolling;
+mod sink;
 mod spool;
+mod tape;
+mod toc;
 
 use std::collections::{BTreeMap, HashMap};
 use std::io::{self, Read, Seek, Write};
 use std::thread;
 
-use libdeflater::{CompressionLvl, Compressor};
-
 use crate::digest::Digest;
 use crate::estargz::index::RECORDS_MAX;
-use crate::estargz::{TOC_JSON_MAX, TOC_NAME};
+use crate::estargz::{NO_PREFETCH_LANDMARK, PREFETCH_LANDMARK, TOC_JSON_MAX, TOC_NAME};
 use crate::path::EntryPath;
 use crate::tar::TarError;
-use crate::{annotations, media};
-use order::{Item, Missing, Order, Orphans, sort};
+use assembly::Sequence;
+use coder::Coding;
+use order::{Missing, Order, Orphans, sort};
 use pool::WorkerLost;
 use spool::Spool;
+use toc::Shape;
 
 /// Upstream's chunk size, for a `chunk_size` of 0.
 pub const DEFAULT_CHUNK_SIZE: u64 = 4 << 20;
@@ -197,9 +217,17 @@ pub enum WriteError {
     /// The output failed.
     #[error("writing the layer blob failed")]
     Output(#[source] io::Error),
-    /// zstd refused to compress.
-    #[error("zstd failed")]
-    Zstd(#[source] io::Error),
+    /// A compressor failed, for lack of memory as a rule.
+    #[error("compressing the layer failed")]
+    Compressor(#[source] io::Error),
+    /// A layer whose DiffID is to be kept has an entry whose bytes cannot be kept.
+    #[error(
+        "entry {entry:?} is sparse, or stands beside bytes that belong to no entry: the DiffID of this layer cannot be kept"
+    )]
+    NotLossless {
+        /// The entry's name.
+        entry: String,
+    },
     /// JSON texts are UTF-8; a name that is not cannot stand in a TOC.
     #[error("entry {entry:?}: {field} is not UTF-8, which a TOC cannot hold; leave this layer as it is")]
     NotUtf8 {
@@ -253,128 +281,207 @@ impl From<WorkerLost> for WriteError {
     }
 }
 
-/// Turns the uncompressed tar stream `input` into a blob. `spool` is an empty temporary file; it grows at most to the size of
-/// the blob, holds nothing of use afterwards, and is not touched by formats that keep the stream as it is. The whole of `input`
-/// is read, bytes after the end of the archive included. `output` is written from first to last byte while the blob is made
-/// and never read.
+/// Turns the uncompressed tar stream `input` into a blob. `spool` is an empty temporary file; it stays smaller than the blob,
+/// holds nothing of use afterwards, and is not touched by formats without a TOC. The whole of `input` is read, bytes after the
+/// end of the archive included. `output` is written from first to last byte while the blob is made and never read.
 pub fn write<R, S, W>(input: R, spool: S, output: W, options: &Options) -> Result<Written, WriteError>
 where
     R: Read,
     S: Read + Write + Seek,
     W: Write + Send,
 {
-    let settings = Settings::new(options)?;
+    let threads = match options.threads {
+        0 => thread::available_parallelism().map_or(1, usize::from),
+        threads => threads,
+    }
+    .min(MAX_THREADS);
+    match options.format {
+        Format::Gzip { level } => plain::write(input, output, Coding::gzip(level)?, threads),
+        Format::Zstd { level } => plain::write(input, output, Coding::zstd(level)?, threads),
+        Format::Plain => plain::write(input, output, Coding::Plain, threads),
+        Format::Estargz { .. } | Format::ZstdChunked { .. } => {
+            let settings = Settings::new(options, threads)?;
+            chunked(input, spool, output, options, &settings)
+        }
+    }
+}
+
+/// Writes the formats that have a TOC.
+fn chunked<R, S, W>(
+    input: R,
+    spool: S,
+    output: W,
+    options: &Options,
+    settings: &Settings,
+) -> Result<Written, WriteError>
+where
+    R: Read,
+    S: Read + Write + Seek,
+    W: Write + Send,
+{
     let spool = Spool::new(spool).map_err(WriteError::Spool)?;
-    let intake = intake::run(input, spool, &settings, !options.prioritized.is_empty())?;
-    let Order { first, rest, missing } = {
-        let items: Vec<Item<'_>> = intake
-            .names
-            .iter()
-            .map(|(path, link)| Item {
-                path,
-                link: link.as_ref(),
-            })
-            .collect();
-        sort(&items, &options.prioritized, options.orphans)
+    let intake = intake::run(input, spool, settings)?;
+    let count = intake.names.len();
+    let order = if settings.keeps_diff_id {
+        Order {
+            rest: (0..count).collect(),
+            ..Order::default()
+        }
+    } else {
+        sort(&intake.names, &options.prioritized, options.orphans)
     };
     drop(intake.names);
     let places = |indices: &[usize]| -> Vec<_> {
         let place = |index: &usize| intake.places.get(*index).copied();
         indices.iter().filter_map(place).collect()
     };
-    let (first, rest) = (places(&first), places(&rest));
-    let entries = (first.len() + rest.len()) as u64;
-    let dropped = intake.places.len() as u64 - entries;
-    drop(intake.places);
+    let (first, mut rest) = (places(&order.first), places(&order.rest));
+    let entries = first.len() + rest.len();
+    rest.extend_from_slice(&intake.trailer);
+    let missing = order.missing;
+    drop((order.first, order.rest, intake.places));
+    let sequence = Sequence {
+        first: &first,
+        landmark: intake.landmark,
+        rest: &rest,
+        hashed: intake.hashed.filter(|_| first.is_empty() && entries == count),
+    };
     let spool = intake.spool.rewind().map_err(WriteError::Spool)?;
-    let assembled = assembly::run(spool, output, &settings, &first, intake.landmark, &rest)?;
-    let prefetch_end = (!options.prioritized.is_empty()).then_some(assembled.landmark);
-    let mut annotations = BTreeMap::from([
-        (
-            annotations::TOC_DIGEST.to_owned(),
-            assembled.toc_digest.to_string(),
-        ),
-        (
-            annotations::TOC_OFFSET.to_owned(),
-            assembled.toc_offset.to_string(),
-        ),
-        (
-            annotations::UNCOMPRESSED_SIZE.to_owned(),
-            assembled.uncompressed_size.to_string(),
-        ),
-    ]);
-    if let Some(end) = prefetch_end.filter(|_| !first.is_empty()) {
-        annotations.insert(annotations::PREFETCH_END.to_owned(), end.to_string());
-    }
-    Ok(Written {
-        diff_id: assembled.diff_id,
-        blob_digest: assembled.blob_digest,
-        blob_size: assembled.blob_size,
-        uncompressed_size: assembled.uncompressed_size,
-        media_type: media::OCI_LAYER_GZIP,
-        annotations,
-        external_toc: None,
-        toc_digest: Some(assembled.toc_digest),
-        toc_offset: Some(assembled.toc_offset),
-        prefetch_end,
-        not_found: missing,
-        entries,
-        dropped,
-        file_ends: HashMap::new(),
-    })
+    let assembled = assembly::run(spool, output, settings, sequence)?;
+    let mut written = finish::finish(assembled, settings, !first.is_empty())?;
+    written.not_found = missing;
+    written.entries = entries as u64;
+    written.dropped = (count - entries) as u64;
+    Ok(written)
 }
 
-/// The options, checked.
+/// How files are cut.
+#[derive(Debug, Clone, Copy)]
+enum Split {
+    /// Into chunks of so many bytes.
+    Fixed(usize),
+    /// As Podman does.
+    Rolling,
+}
+
+/// The options of a format with a TOC, checked.
 struct Settings {
-    chunk_size: u64,
-    level: CompressionLvl,
+    coding: Coding,
+    shape: Shape,
+    /// zstd's level for the TOC.
+    toc_level: i32,
+    split: Split,
+    min_chunk_size: u64,
+    has_external_toc: bool,
+    keeps_diff_id: bool,
+    /// What is not rewritten stays as it was to the last byte.
+    is_exact: bool,
+    /// Tar-split data is written.
+    split_file: bool,
+    /// There is a list of files that come first.
+    prioritized: bool,
     threads: usize,
 }
 
 impl Settings {
-    fn new(options: &Options) -> Result<Self, WriteError> {
-        let Format::Estargz {
-            chunk_size, level, ..
-        } = options.format
-        else {
-            return Err(WriteError::Options("only eStargz is written so far"));
+    fn new(options: &Options, threads: usize) -> Result<Self, WriteError> {
+        let fixed = |size: u64| {
+            let size = if size == 0 { DEFAULT_CHUNK_SIZE } else { size };
+            usize::try_from(size)
+                .ok()
+                .filter(|_| size <= MAX_CHUNK_SIZE)
+                .map(Split::Fixed)
+                .ok_or(WriteError::ChunkSize(size))
         };
-        let chunk_size = match chunk_size {
-            0 => DEFAULT_CHUNK_SIZE,
-            size @ 1..=MAX_CHUNK_SIZE => size,
-            size => return Err(WriteError::ChunkSize(size)),
+        let prioritized = !options.prioritized.is_empty();
+        let settings = match options.format {
+            Format::Estargz {
+                chunk_size,
+                min_chunk_size,
+                level,
+                external_toc,
+                keep_diff_id,
+            } => {
+                if keep_diff_id && !external_toc {
+                    return Err(WriteError::Options(
+                        "a TOC in the blob changes the DiffID; to keep the DiffID, the TOC must be external",
+                    ));
+                }
+                if keep_diff_id && prioritized {
+                    return Err(WriteError::Options(
+                        "files that move change the DiffID; to keep the DiffID, prioritize none",
+                    ));
+                }
+                if min_chunk_size > MAX_CHUNK_SIZE {
+                    return Err(WriteError::ChunkSize(min_chunk_size));
+                }
+                Self {
+                    coding: Coding::gzip(level)?,
+                    shape: Shape::Estargz,
+                    toc_level: 0,
+                    split: fixed(chunk_size)?,
+                    min_chunk_size,
+                    has_external_toc: external_toc,
+                    keeps_diff_id: keep_diff_id,
+                    is_exact: keep_diff_id,
+                    split_file: false,
+                    prioritized,
+                    threads,
+                }
+            }
+            Format::ZstdChunked {
+                dialect,
+                chunk_size,
+                level,
+            } => {
+                let coding = Coding::zstd(level)?;
+                let is_podman = dialect == Dialect::Podman;
+                if is_podman && chunk_size != 0 {
+                    return Err(WriteError::Options(
+                        "Podman's dialect of zstd:chunked cuts files by their content; a chunk size is for the stargz dialect",
+                    ));
+                }
+                Self {
+                    coding,
+                    shape: dialect.into(),
+                    toc_level: level,
+                    split: if is_podman {
+                        Split::Rolling
+                    } else {
+                        fixed(chunk_size)?
+                    },
+                    min_chunk_size: 0,
+                    has_external_toc: false,
+                    keeps_diff_id: false,
+                    is_exact: is_podman,
+                    split_file: is_podman,
+                    prioritized,
+                    threads: threads.min(coding.threads_max()),
+                }
+            }
+            Format::Gzip { .. } | Format::Zstd { .. } | Format::Plain => {
+                return Err(WriteError::Options("this format has no TOC"));
+            }
         };
-        let out_of_range = || WriteError::Level { level, max: 12 };
-        let level = match level {
-            level @ 1..=12 => CompressionLvl::new(level).map_err(|_| out_of_range())?,
-            _ => return Err(out_of_range()),
-        };
-        let threads = match options.threads {
-            0 => thread::available_parallelism().map_or(1, usize::from),
-            threads => threads,
-        };
-        Ok(Self {
-            chunk_size,
-            level,
-            threads: threads.min(MAX_THREADS),
-        })
+        Ok(settings)
     }
-}
 
-/// Appends `data` to `out` as one gzip member. libdeflate writes a fixed header: no time, no name, operating system 255.
-fn append_member(compressor: &mut Compressor, data: &[u8], out: &mut Vec<u8>) {
-    let start = out.len();
-    let mut room = compressor.gzip_compress_bound(data.len());
-    loop {
-        out.resize(start + room, 0);
-        if let Some(space) = out.get_mut(start..)
-            && let Ok(length) = compressor.gzip_compress(data, space)
-        {
-            out.truncate(start + length);
-            return;
+    /// The landmark that the format wants.
+    fn landmark(&self) -> Option<&'static str> {
+        match (self.shape, self.prioritized) {
+            (Shape::Podman, _) => None,
+            _ if self.keeps_diff_id => None,
+            (_, true) => Some(PREFETCH_LANDMARK),
+            (_, false) => Some(NO_PREFETCH_LANDMARK),
         }
-        // Not reached while the bound holds.
-        room = room.saturating_mul(2);
+    }
+
+    /// Length of a full chunk.
+    fn chunk_size(&self) -> u64 {
+        match self.split {
+            Split::Fixed(size) => size as u64,
+            Split::Rolling => u64::MAX,
+        }
     }
 }
 

@@ -182,6 +182,22 @@ pub fn encode(toc_offset: u64) -> [u8; ESTARGZ_FOOTER] {
     footer
 }
 
+/// The footer of a blob whose TOC is in another image.
+pub fn encode_external() -> [u8; EXTERNAL_FOOTER] {
+    let parts: [&[u8]; 5] = [
+        &GZIP_WITH_EXTRA,
+        &[0, 0, 0, 0, 0, 0xff],
+        &[21, 0, b'S', b'G', 17, 0],
+        EXTERNAL_MAGIC,
+        &EMPTY_BODY,
+    ];
+    let mut footer = [0; EXTERNAL_FOOTER];
+    for (to, from) in footer.iter_mut().zip(parts.concat()) {
+        *to = from;
+    }
+    footer
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;

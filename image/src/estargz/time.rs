@@ -29,6 +29,23 @@ pub(crate) fn format(seconds: i64, nanoseconds: u32) -> String {
     format!("{sign}{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}Z")
 }
 
+/// Formats a time with its fraction, as Go's `RFC3339Nano` does: no more digits than needed.
+pub(crate) fn format_exactly(seconds: i64, nanoseconds: u32) -> String {
+    let whole = match seconds {
+        0 => "1970-01-01T00:00:00Z".to_owned(),
+        _ => format(seconds, 0),
+    };
+    if nanoseconds == 0 {
+        return whole;
+    }
+    let fraction = format!("{nanoseconds:09}");
+    format!(
+        "{}.{}Z",
+        whole.trim_end_matches('Z'),
+        fraction.trim_end_matches('0')
+    )
+}
+
 /// Parses a time to seconds and nanoseconds since the epoch; `None` if the text is not RFC 3339. Years may have more than
 /// four digits and a sign, which [`format`] needs for the times that tar can hold.
 pub(crate) fn parse(text: &str) -> Option<(i64, u32)> {
@@ -185,6 +202,19 @@ mod tests {
             (-1, 500_000_000, "1970-01-01T00:00:00Z"),
         ] {
             assert_eq!(format(seconds, nanoseconds), text, "{seconds}.{nanoseconds}");
+        }
+    }
+
+    #[test]
+    fn fractions_are_kept_where_they_are_wanted() {
+        for (seconds, nanoseconds, text) in [
+            (1_700_000_000, 123_456_789, "2023-11-14T22:13:20.123456789Z"),
+            (1_700_000_000, 0, "2023-11-14T22:13:20Z"),
+            (0, 500_000_000, "1970-01-01T00:00:00.5Z"),
+            (-1, 1000, "1969-12-31T23:59:59.000001Z"),
+        ] {
+            assert_eq!(format_exactly(seconds, nanoseconds), text);
+            assert_eq!(parse(text), Some((seconds, nanoseconds)));
         }
     }
 

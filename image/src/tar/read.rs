@@ -108,6 +108,15 @@ impl<R: Read> Reader<R> {
         self.skip_content().map_err(|problem| self.fail(problem))
     }
 
+    /// After the last entry: reads up to `most` bytes of what follows. `false` at the end of the stream.
+    pub(crate) fn read_trailer(&mut self, most: usize) -> Result<bool, TarError> {
+        let most = u64::try_from(most).unwrap_or(u64::MAX);
+        let count = io::copy(&mut self.stream.by_ref().take(most), &mut io::sink())
+            .map_err(|error| self.fail(TarProblem::Read(error)))?;
+        self.position += count;
+        Ok(count == most)
+    }
+
     /// Reads what is left of the stream, entries included, and tells what follows the last of them.
     pub fn finish(&mut self) -> Result<Trailer, TarError> {
         while self.next_entry()?.is_some() {}

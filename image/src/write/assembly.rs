@@ -1,192 +1,391 @@
-//! The second half of the writer: puts what was spooled in its final order, adds TOC and footer, and hashes both the blob
-//! and the tar stream inside it.
+//! The second half of the writer: puts what was spooled in its final order, adds TOC and footer, and hashes the blob and,
+//! where entries have moved, the tar stream inside it.
 
 use std::collections::{HashMap, VecDeque};
-use std::io::{Read, Seek, Write};
+use std::io::{self, Read, Seek, Write};
 use std::thread::{self, ScopedJoinHandle};
 
 use crossbeam_channel::{Sender, bounded};
-use libdeflater::{CompressionLvl, Compressor, Decompressor};
 
+use super::blob::Blob;
+use super::coder::{Coder, Undo};
+use super::pack::each_zeros;
 use super::pool::Pool;
-use super::spool::{Place, Record, SpoolReader};
-use super::{Settings, WriteError, append_member};
+use super::record::{Chunk, Entry, Record};
+use super::sink::{self, Message, Toc};
+use super::spool::{Place, SpoolReader};
+use super::toc::{Placed, Renderer};
+use super::{Settings, WriteError};
 use crate::digest::{Digest, Hasher};
-use crate::estargz::{TOC_JSON_MAX, TOC_NAME, footer};
-use crate::layer::Metadata;
-use crate::tar::write::{END_OF_ARCHIVE, NewEntry, encode_header, padding};
-use crate::tar::{BLOCK, TarKind};
+use crate::path::EntryPath;
+use crate::tar::write::padding;
 
 /// Pieces go to the workers together, up to this many bytes.
 const BATCH: usize = 1 << 20;
-/// Headers of entries without content share a member up to this size, so that memory stays bounded.
-const HEADERS_PER_MEMBER: usize = 1 << 20;
+/// Headers of entries without content share a stream up to this size, so that memory stays bounded.
+const HEADERS_PER_STREAM: usize = 1 << 20;
 /// Buffers of tar stream that may wait to be hashed.
 const UNHASHED: usize = 4;
 
 /// What is known when all is written.
-pub(super) struct Assembled {
-    pub(super) diff_id: Digest,
-    pub(super) blob_digest: Digest,
-    pub(super) blob_size: u64,
-    pub(super) toc_digest: Digest,
-    pub(super) toc_offset: u64,
-    pub(super) uncompressed_size: u64,
+pub(super) struct Assembled<W> {
+    /// The blob, to which the TOC is still to be added.
+    pub(super) blob: Blob<W>,
+    pub(super) toc: Toc,
+    /// Hash and length of the tar stream.
+    pub(super) tar: (Hasher, u64),
     /// Offset of the landmark's content.
-    pub(super) landmark: u64,
+    pub(super) landmark: Option<u64>,
+    /// Where the content of each prioritized file ends.
+    pub(super) file_ends: HashMap<EntryPath, u64>,
 }
 
-/// One gzip member of the blob.
+/// The records in their final order.
+pub(super) struct Sequence<'a> {
+    pub(super) first: &'a [Place],
+    pub(super) landmark: Option<Place>,
+    pub(super) rest: &'a [Place],
+    /// Hash and length of the tar stream, where they are known already.
+    pub(super) hashed: Option<(Hasher, u64)>,
+}
+
+/// One compressed stream of the blob.
 enum Piece {
     /// Bytes of the tar stream that are still to be compressed.
     Plain(Vec<u8>),
-    /// A chunk that is compressed already, and its size uncompressed.
-    Chunk(Vec<u8>, usize),
+    /// A chunk that is compressed already.
+    Ready(Vec<u8>, Chunk),
+    /// Chunks with what stands between them, still to be compressed, and where they start.
+    Shared(Vec<u8>, Vec<usize>),
 }
 
-/// Several members, as they go to the blob and as they are in the tar stream.
+/// Several streams, as they go to the blob and as they are in the tar stream.
+#[derive(Default)]
 struct Finished {
     blob: Vec<u8>,
-    tar: Vec<u8>,
-    /// Where in `blob` the chunks start.
-    chunks: Vec<usize>,
+    tar: Vec<Stretch>,
+    /// The chunks in it, their places counted from the start of `blob`.
+    chunks: Vec<Placed>,
 }
 
-/// Writes the blob: the entries of `first`, the landmark, the entries of `rest`.
+/// A stretch of the tar stream.
+enum Stretch {
+    Bytes(Vec<u8>),
+    Zeros(u64),
+}
+
+/// Writes all but the TOC.
 pub(super) fn run<S, W>(
     spool: SpoolReader<S>,
     output: W,
     settings: &Settings,
-    first: &[Place],
-    landmark: Place,
-    rest: &[Place],
-) -> Result<Assembled, WriteError>
+    sequence: Sequence<'_>,
+) -> Result<Assembled<W>, WriteError>
 where
     S: Read + Seek,
     W: Write,
 {
     thread::scope(|scope| {
-        let level = settings.level;
+        let coding = settings.coding;
+        let needs_tar = sequence.hashed.is_none();
         let worker = move || {
-            let mut compressor = Compressor::new(level);
-            let mut decompressor = Decompressor::new();
-            move |pieces| finish_pieces(&mut compressor, &mut decompressor, pieces)
+            let mut tools = coding
+                .start()
+                .and_then(|coder| Ok((coder, coding.start_undoing()?)));
+            move |pieces| match &mut tools {
+                Ok((coder, undo)) => finish_pieces(coder, undo, pieces, needs_tar),
+                Err(error) => Err(WriteError::Compressor(io::Error::new(
+                    error.kind(),
+                    error.to_string(),
+                ))),
+            }
         };
         let pool = Pool::start(scope, "layer-join", settings.threads, worker).map_err(WriteError::Thread)?;
-        let (unhashed, buffers) = bounded::<Vec<u8>>(UNHASHED);
-        let hasher = thread::Builder::new()
-            .name("layer-diffid".to_owned())
-            .spawn_scoped(scope, move || {
-                let mut hasher = Hasher::new();
-                let mut size = 0;
-                for buffer in buffers {
-                    hasher.update(&buffer);
-                    size += buffer.len() as u64;
-                }
-                (hasher.finish(), size)
-            })
-            .map_err(WriteError::Thread)?;
+        let (messages, toc) = sink::start(scope, settings.shape, settings.toc_level)?;
+        let (unhashed, hasher) = if needs_tar {
+            let (unhashed, stretches) = bounded::<Vec<Stretch>>(UNHASHED);
+            let hasher = thread::Builder::new()
+                .name("layer-diffid".to_owned())
+                .spawn_scoped(scope, move || hash_stretches(stretches))
+                .map_err(WriteError::Thread)?;
+            (Some(unhashed), Some(hasher))
+        } else {
+            (None, None)
+        };
         let mut assembly = Assembly {
+            settings,
             spool,
             pool,
             pieces: Vec::new(),
             weight: 0,
             headers: Vec::new(),
-            toc: Toc::default(),
-            blob: Blob {
-                output,
-                hasher: Hasher::new(),
-                size: 0,
-            },
+            shared: Vec::new(),
+            shared_end: 0,
+            waiting: VecDeque::new(),
+            renderer: Renderer::new(settings.shape, settings.chunk_size()),
+            messages,
+            gap: Vec::new(),
+            blob: Blob::new(output),
             unhashed,
+            landmark: None,
+            file_ends: HashMap::new(),
         };
-        for place in first {
-            assembly.add(*place)?;
+        for place in sequence.first {
+            assembly.add(*place, Role::Prioritized)?;
         }
-        assembly.toc.landmark = Some(assembly.toc.chunks);
-        assembly.add(landmark)?;
-        for place in rest {
-            assembly.add(*place)?;
+        if let Some(landmark) = sequence.landmark {
+            assembly.add(landmark, Role::Landmark)?;
         }
-        assembly.finish(level, hasher)
+        for place in sequence.rest {
+            assembly.add(*place, Role::Other)?;
+        }
+        assembly.end_stream()?;
+        assembly.send()?;
+        while assembly.collect()? {}
+        if !assembly.waiting.is_empty() {
+            return Err(WriteError::SpoolDamaged);
+        }
+        assembly.end_gap()?;
+        let Assembly {
+            blob,
+            messages,
+            unhashed,
+            landmark,
+            file_ends,
+            ..
+        } = assembly;
+        drop((messages, unhashed));
+        let toc = toc.join().map_err(|_| WriteError::ThreadLost)??;
+        Ok(Assembled {
+            blob,
+            toc,
+            tar: tar_hash(sequence.hashed, hasher)?,
+            landmark,
+            file_ends,
+        })
     })
 }
 
-fn finish_pieces(
-    compressor: &mut Compressor,
-    decompressor: &mut Decompressor,
-    pieces: Vec<Piece>,
-) -> Result<Finished, WriteError> {
-    let mut finished = Finished {
-        blob: Vec::new(),
-        tar: Vec::new(),
-        chunks: Vec::new(),
-    };
-    for piece in pieces {
-        match piece {
-            Piece::Plain(data) => {
-                append_member(compressor, &data, &mut finished.blob);
-                finished.tar.extend_from_slice(&data);
+fn tar_hash(
+    known: Option<(Hasher, u64)>,
+    thread: Option<ScopedJoinHandle<'_, (Hasher, u64)>>,
+) -> Result<(Hasher, u64), WriteError> {
+    let hashed = thread.map(ScopedJoinHandle::join);
+    match (known, hashed) {
+        (Some(known), _) => Ok(known),
+        (None, Some(Ok(hashed))) => Ok(hashed),
+        (None, _) => Err(WriteError::ThreadLost),
+    }
+}
+
+fn hash_stretches(stretches: crossbeam_channel::Receiver<Vec<Stretch>>) -> (Hasher, u64) {
+    let (mut hasher, mut size) = (Hasher::new(), 0);
+    for stretch in stretches.into_iter().flatten() {
+        match stretch {
+            Stretch::Bytes(bytes) => {
+                hasher.update(&bytes);
+                size += bytes.len() as u64;
             }
-            Piece::Chunk(member, size) => {
-                finished.chunks.push(finished.blob.len());
-                finished.blob.extend_from_slice(&member);
-                let start = finished.tar.len();
-                finished.tar.resize(start + size, 0);
-                let room = finished.tar.get_mut(start..).unwrap_or_default();
-                if decompressor.gzip_decompress(&member, room) != Ok(size) {
-                    return Err(WriteError::SpoolDamaged);
+            Stretch::Zeros(zeros) => {
+                each_zeros(zeros, |zeros| hasher.update(zeros));
+                size += zeros;
+            }
+        }
+    }
+    (hasher, size)
+}
+
+fn finish_pieces(
+    coder: &mut Coder,
+    undo: &mut Undo,
+    pieces: Vec<Piece>,
+    needs_tar: bool,
+) -> Result<Finished, WriteError> {
+    let mut finished = Finished::default();
+    for piece in pieces {
+        let start = finished.blob.len() as u64;
+        let mut starts = Vec::new();
+        let stretch = match piece {
+            Piece::Plain(data) => {
+                coder
+                    .append(&data, &mut finished.blob)
+                    .map_err(WriteError::Compressor)?;
+                Stretch::Bytes(data)
+            }
+            Piece::Ready(stored, chunk) => {
+                finished.blob.extend_from_slice(&stored);
+                starts.push(0);
+                if chunk.is_hole || !needs_tar {
+                    Stretch::Zeros(chunk.size)
+                } else {
+                    let mut bytes = Vec::new();
+                    let size = usize::try_from(chunk.size).map_err(|_| WriteError::SpoolDamaged)?;
+                    if !undo.append(&stored, size, &mut bytes) {
+                        return Err(WriteError::SpoolDamaged);
+                    }
+                    Stretch::Bytes(bytes)
                 }
             }
+            Piece::Shared(data, chunks) => {
+                coder
+                    .append(&data, &mut finished.blob)
+                    .map_err(WriteError::Compressor)?;
+                starts = chunks;
+                Stretch::Bytes(data)
+            }
+        };
+        let end = finished.blob.len() as u64;
+        finished.chunks.extend(starts.into_iter().map(|inner| Placed {
+            offset: start,
+            inner: inner as u64,
+            end,
+        }));
+        if needs_tar {
+            finished.tar.push(stretch);
         }
     }
     Ok(finished)
 }
 
-struct Assembly<S, W> {
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Role {
+    Prioritized,
+    Landmark,
+    Other,
+}
+
+/// An entry some of whose chunks have no place yet.
+struct Waiting {
+    entry: Box<Entry>,
+    record: Record,
+    role: Role,
+    places: Vec<Placed>,
+}
+
+struct Assembly<'s, S, W> {
+    settings: &'s Settings,
     spool: SpoolReader<S>,
     pool: Pool<Vec<Piece>, Result<Finished, WriteError>>,
     /// The next batch, and its bytes.
     pieces: Vec<Piece>,
     weight: usize,
-    /// Padding and headers since the last chunk.
+    /// What goes into the next stream: padding and headers since the last chunk and, where chunks share streams, chunks.
     headers: Vec<u8>,
-    toc: Toc,
+    /// Where the chunks in `headers` start, and where the last of them ends.
+    shared: Vec<usize>,
+    shared_end: usize,
+    waiting: VecDeque<Waiting>,
+    renderer: Renderer,
+    messages: Sender<Message>,
+    /// Bytes of the tar stream for the next segment of the tar-split data.
+    gap: Vec<u8>,
     blob: Blob<W>,
-    unhashed: Sender<Vec<u8>>,
+    unhashed: Option<Sender<Vec<Stretch>>>,
+    landmark: Option<u64>,
+    file_ends: HashMap<EntryPath, u64>,
 }
 
-impl<S: Read + Seek, W: Write> Assembly<S, W> {
-    fn add(&mut self, place: Place) -> Result<(), WriteError> {
+impl<S: Read + Seek, W: Write> Assembly<'_, S, W> {
+    fn add(&mut self, place: Place, role: Role) -> Result<(), WriteError> {
         let mut record = self.spool.read_record(place).map_err(WriteError::Spool)?;
-        // First of all: the first chunks of a large file may be placed before its last ones are handed out.
-        self.toc.add(&mut record)?;
-        self.headers.extend_from_slice(&record.headers);
-        let mut offset = record.start;
-        let mut size = 0;
-        for (length, compressed) in &record.chunks {
-            self.end_headers()?;
-            let member = self.spool.read(offset, *compressed).map_err(WriteError::Spool)?;
-            offset += compressed;
-            size += length;
-            let length = usize::try_from(*length).map_err(|_| WriteError::SpoolDamaged)?;
-            self.push(Piece::Chunk(member, length), length)?;
+        let headers = std::mem::take(&mut record.headers);
+        let after = record.padding.take();
+        let after = after.as_deref().unwrap_or_else(|| padding(record.size));
+        let chunks = record.chunks.clone();
+        self.split(&headers, &record, after)?;
+        self.headers.extend_from_slice(&headers);
+        if let Some(entry) = record.entry.take() {
+            // First of all: the first chunks of a large file may be placed before its last ones are handed out.
+            self.waiting.push_back(Waiting {
+                entry,
+                record,
+                role,
+                places: Vec::new(),
+            });
         }
-        self.headers.extend_from_slice(padding(size));
-        if self.headers.len() >= HEADERS_PER_MEMBER {
-            self.end_headers()?;
+        for chunk in chunks {
+            if self.settings.min_chunk_size > 0 {
+                self.share(&chunk, role)?;
+            } else {
+                self.end_stream()?;
+                let stored = self
+                    .spool
+                    .read(chunk.at, chunk.stored)
+                    .map_err(WriteError::Spool)?;
+                let in_memory = if chunk.is_hole { 0 } else { chunk.size };
+                let weight = usize::try_from(in_memory).map_err(|_| WriteError::SpoolDamaged)?;
+                let weight = weight + stored.len();
+                self.push(Piece::Ready(stored, chunk), weight)?;
+            }
         }
+        self.headers.extend_from_slice(after);
+        if self.headers.len() - self.shared_end >= HEADERS_PER_STREAM {
+            self.end_stream()?;
+        }
+        self.settle()
+    }
+
+    /// Adds a chunk to the stream that is open, or to a new one where the format wants that.
+    fn share(&mut self, chunk: &Chunk, role: Role) -> Result<(), WriteError> {
+        let has_enough = match self.shared.first() {
+            Some(first) => (self.headers.len() - first) as u64 >= self.settings.min_chunk_size,
+            None => true,
+        };
+        if has_enough || role == Role::Landmark {
+            self.end_stream()?;
+        }
+        let bytes = self.spool.read_shared(chunk).map_err(WriteError::Spool)?;
+        self.shared.push(self.headers.len());
+        self.headers.extend_from_slice(bytes);
+        self.shared_end = self.headers.len();
         Ok(())
     }
 
-    /// Makes a member of the headers so far.
-    fn end_headers(&mut self) -> Result<(), WriteError> {
+    /// Tells the tar-split data of an entry.
+    fn split(&mut self, headers: &[u8], record: &Record, after: &[u8]) -> Result<(), WriteError> {
+        if !self.settings.split_file {
+            return Ok(());
+        }
+        self.gap.extend_from_slice(headers);
+        if let Some(entry) = &record.entry {
+            self.end_gap()?;
+            let message = Message::File {
+                name: entry.name.clone(),
+                size: record.size,
+                crc64: record.crc64,
+            };
+            self.messages.send(message).map_err(|_| WriteError::ThreadLost)?;
+        } else if self.gap.len() >= HEADERS_PER_STREAM {
+            self.end_gap()?;
+        }
+        self.gap.extend_from_slice(after);
+        Ok(())
+    }
+
+    fn end_gap(&mut self) -> Result<(), WriteError> {
+        if self.gap.is_empty() {
+            return Ok(());
+        }
+        let gap = std::mem::take(&mut self.gap);
+        self.messages
+            .send(Message::Segment(gap))
+            .map_err(|_| WriteError::ThreadLost)
+    }
+
+    /// Ends the stream that is open.
+    fn end_stream(&mut self) -> Result<(), WriteError> {
         if self.headers.is_empty() {
             return Ok(());
         }
-        let headers = std::mem::take(&mut self.headers);
-        let weight = headers.len();
-        self.push(Piece::Plain(headers), weight)
+        let data = std::mem::take(&mut self.headers);
+        let chunks = std::mem::take(&mut self.shared);
+        self.shared_end = 0;
+        let weight = data.len();
+        if chunks.is_empty() {
+            self.push(Piece::Plain(data), weight)
+        } else {
+            self.push(Piece::Shared(data, chunks), weight)
+        }
     }
 
     fn push(&mut self, piece: Piece, weight: usize) -> Result<(), WriteError> {
@@ -210,197 +409,57 @@ impl<S: Read + Seek, W: Write> Assembly<S, W> {
             return Ok(false);
         };
         let finished = finished?;
-        for start in &finished.chunks {
-            self.toc.place(self.blob.size + *start as u64)?;
-        }
+        let start = self.blob.size();
         self.blob.write(&finished.blob)?;
-        self.hash(finished.tar)?;
+        for chunk in finished.chunks {
+            self.settle()?;
+            let front = self.waiting.front_mut().ok_or(WriteError::SpoolDamaged)?;
+            front.places.push(Placed {
+                offset: start + chunk.offset,
+                inner: chunk.inner,
+                end: start + chunk.end,
+            });
+        }
+        if let Some(unhashed) = &self.unhashed {
+            unhashed.send(finished.tar).map_err(|_| WriteError::ThreadLost)?;
+        }
+        self.settle()?;
         Ok(true)
     }
 
-    fn hash(&self, tar: Vec<u8>) -> Result<(), WriteError> {
-        self.unhashed.send(tar).map_err(|_| WriteError::ThreadLost)
-    }
-
-    /// Writes what is left, the TOC and the footer.
-    fn finish(
-        mut self,
-        level: CompressionLvl,
-        hasher: ScopedJoinHandle<'_, (Digest, u64)>,
-    ) -> Result<Assembled, WriteError> {
-        self.end_headers()?;
-        self.send()?;
-        while self.collect()? {}
-        let landmark = self.toc.landmark_offset;
-        let toc_offset = self.blob.size;
-        let (tar, toc_digest) = std::mem::take(&mut self.toc).finish()?;
-        let mut member = Vec::new();
-        append_member(&mut Compressor::new(level), &tar, &mut member);
-        self.hash(tar)?;
-        self.blob.write(&member)?;
-        self.blob.write(&footer::encode(toc_offset))?;
-        self.blob.output.flush().map_err(WriteError::Output)?;
-        drop(self.unhashed);
-        let (diff_id, uncompressed_size) = hasher.join().map_err(|_| WriteError::ThreadLost)?;
-        Ok(Assembled {
-            diff_id,
-            blob_digest: self.blob.hasher.finish(),
-            blob_size: self.blob.size,
-            toc_digest,
-            toc_offset,
-            uncompressed_size,
-            landmark,
-        })
-    }
-}
-
-/// The output, counted and hashed.
-struct Blob<W> {
-    output: W,
-    hasher: Hasher,
-    size: u64,
-}
-
-impl<W: Write> Blob<W> {
-    fn write(&mut self, data: &[u8]) -> Result<(), WriteError> {
-        self.output.write_all(data).map_err(WriteError::Output)?;
-        self.hasher.update(data);
-        self.size += data.len() as u64;
+    /// Hands over the TOC of the entries at the front whose chunks all have their places.
+    fn settle(&mut self) -> Result<(), WriteError> {
+        let is_done = |waiting: &mut Waiting| waiting.places.len() == waiting.record.chunks.len();
+        while let Some(done) = self.waiting.pop_front_if(is_done) {
+            match (done.role, done.places.first(), done.places.last()) {
+                (Role::Landmark, Some(first), _) => self.landmark = Some(first.offset),
+                (Role::Prioritized, _, Some(last)) => {
+                    if let Ok(path) = EntryPath::clean(done.entry.name.as_bytes()) {
+                        self.file_ends.insert(path, last.end);
+                    }
+                }
+                _ => {}
+            }
+            let json = self.renderer.render(&done.entry, &done.record, &done.places)?;
+            self.messages
+                .send(Message::Json(json))
+                .map_err(|_| WriteError::ThreadLost)?;
+        }
         Ok(())
     }
 }
 
-/// The TOC in the making: a tar entry whose header is filled in last.
-struct Toc {
-    tar: Vec<u8>,
-    /// JSON objects in the TOC's order that are not in `tar` yet; those that are chunks wait for their offset.
-    waiting: VecDeque<(String, bool)>,
-    users: Names,
-    groups: Names,
-    /// Chunks handed to the pool, and those of them whose offset is known.
-    chunks: u64,
-    placed: u64,
-    /// The landmark's place among the chunks.
-    landmark: Option<u64>,
-    landmark_offset: u64,
-}
-
-const TOC_START: &[u8] = b"{\"version\":1,\"entries\":[";
-const TOC_END: &[u8] = b"]}\n";
-
-impl Default for Toc {
-    fn default() -> Self {
-        let mut tar = vec![0; BLOCK];
-        tar.extend_from_slice(TOC_START);
-        Self {
-            tar,
-            waiting: VecDeque::new(),
-            users: Names::default(),
-            groups: Names::default(),
-            chunks: 0,
-            placed: 0,
-            landmark: None,
-            landmark_offset: 0,
-        }
-    }
-}
-
-impl Toc {
-    fn add(&mut self, record: &mut Record) -> Result<(), WriteError> {
-        let user_name = std::mem::take(&mut record.user_name);
-        let group_name = std::mem::take(&mut record.group_name);
-        let names = [
-            ("userName", self.users.changed(record.uid, user_name)),
-            ("groupName", self.groups.changed(record.gid, group_name)),
-        ];
-        let is_chunk = !record.chunks.is_empty();
-        for (index, mut json) in record.json.drain(..).enumerate() {
-            for (key, name) in names.iter().filter(|_| index == 0) {
-                if let Some(name) = name {
-                    json += &format!(",\"{key}\":{}", serde_json::to_string(name)?);
-                }
-            }
-            self.waiting.push_back((json, is_chunk));
-        }
-        self.chunks += record.chunks.len() as u64;
-        self.settle(None)
+impl<W: Write> Assembled<W> {
+    /// Adds the TOC of eStargz to the tar stream's hash.
+    pub(super) fn hash_toc(&mut self) -> Result<(), WriteError> {
+        let (hasher, size) = &mut self.tar;
+        self.toc.each_tar_byte(|bytes| hasher.update(bytes))?;
+        *size += self.toc.tar_length();
+        Ok(())
     }
 
-    /// Says where the next chunk is in the blob.
-    fn place(&mut self, offset: u64) -> Result<(), WriteError> {
-        if self.landmark == Some(self.placed) {
-            self.landmark_offset = offset;
-        }
-        self.placed += 1;
-        self.settle(Some(offset))
-    }
-
-    /// Moves JSON objects that are complete to the TOC; the first chunk among them takes `offset`.
-    fn settle(&mut self, mut offset: Option<u64>) -> Result<(), WriteError> {
-        while let Some((json, is_chunk)) = self.waiting.front() {
-            let offset = match (is_chunk, offset.take()) {
-                (false, kept) => {
-                    offset = kept;
-                    None
-                }
-                (true, Some(offset)) => Some(offset),
-                (true, None) => return Ok(()),
-            };
-            if self.tar.len() > BLOCK + TOC_START.len() {
-                self.tar.push(b',');
-            }
-            self.tar.extend_from_slice(json.as_bytes());
-            if let Some(offset) = offset {
-                self.tar
-                    .extend_from_slice(format!(",\"offset\":{offset}").as_bytes());
-            }
-            self.tar.push(b'}');
-            if self.tar.len() as u64 > TOC_JSON_MAX {
-                return Err(WriteError::TocTooLarge);
-            }
-            self.waiting.pop_front();
-        }
-        match offset {
-            Some(_) => Err(WriteError::SpoolDamaged),
-            None => Ok(()),
-        }
-    }
-
-    /// The tar entry with the end of the archive after it, and the digest of the JSON.
-    fn finish(mut self) -> Result<(Vec<u8>, Digest), WriteError> {
-        if !self.waiting.is_empty() {
-            return Err(WriteError::ThreadLost);
-        }
-        self.tar.extend_from_slice(TOC_END);
-        let json = self.tar.get(BLOCK..).unwrap_or_default();
-        let (digest, size) = (Digest::of(json), json.len() as u64);
-        let header = encode_header(&NewEntry {
-            name: TOC_NAME.as_bytes(),
-            metadata: &Metadata::default(),
-            kind: &TarKind::Regular { size },
-            user_name: b"",
-            group_name: b"",
-        })?;
-        match self.tar.first_chunk_mut::<BLOCK>().zip(header.as_array()) {
-            Some((room, header)) => *room = *header,
-            None => return Err(WriteError::TocTooLarge),
-        }
-        self.tar.extend_from_slice(padding(size));
-        self.tar.extend_from_slice(&END_OF_ARCHIVE);
-        Ok((self.tar, digest))
-    }
-}
-
-/// The last name of each id: a TOC repeats it only where it changed.
-#[derive(Default)]
-struct Names(HashMap<u32, String>);
-
-impl Names {
-    fn changed(&mut self, id: u32, name: String) -> Option<String> {
-        if name.is_empty() || self.0.get(&id) == Some(&name) {
-            return None;
-        }
-        self.0.insert(id, name.clone());
-        Some(name)
+    /// Digest and length of the tar stream.
+    pub(super) fn diff_id(&self) -> (Digest, u64) {
+        (self.tar.0.clone().finish(), self.tar.1)
     }
 }

@@ -1,171 +1,143 @@
-//! The first half of the writer: takes the tar stream apart, has the chunks compressed, and spools everything.
+//! The first half of the writer: takes the tar stream apart, has the chunks compressed, and spools everything. On the way
+//! it hashes the stream that comes out if no entry moves.
 
-use std::borrow::Cow;
 use std::collections::VecDeque;
-use std::io::{Read, Seek, Write};
+use std::io::{self, Read, Seek, Write};
+use std::sync::Arc;
+use std::thread::{Builder, Scope, ScopedJoinHandle};
 
-use base64::Engine as _;
-use libdeflater::Compressor;
+use crossbeam_channel::{Sender, bounded};
 
+use super::order::Names;
+use super::pack::{Batch, Packed, Packer, Piece, each_zeros};
 use super::pool::Pool;
-use super::spool::{Place, Record, Spool};
-use super::{Settings, WriteError, append_member};
+use super::record::{Chunk, Entry, Record};
+use super::rolling::{Cut, Splitter};
+use super::spool::{Place, Spool};
+use super::tape::{self, Recording};
+use super::{Settings, Split, WriteError};
 use crate::digest::{Digest, Hasher};
 use crate::estargz::index::RECORDS_MAX;
-use crate::estargz::toc::TocEntry;
-use crate::estargz::{LANDMARK_CONTENT, NO_PREFETCH_LANDMARK, PREFETCH_LANDMARK, is_reserved, time};
-use crate::layer::{Device, Metadata};
-use crate::path::EntryPath;
-use crate::tar::write::{NewEntry, encode_header};
+use crate::estargz::{LANDMARK_CONTENT, TOC_NAME, is_reserved};
+use crate::layer::Metadata;
+use crate::tar::write::{NewEntry, encode_header, padding};
 use crate::tar::{self, TarEntry, TarKind};
+use crate::tar_split::Crc64;
 
 /// Small files go to the workers together, up to this many bytes: handing over costs more than compressing one of them.
 const BATCH: usize = 512 << 10;
+/// A file of no more bytes is in one batch as a whole, and a worker hashes it.
+const SMALL: u64 = 1 << 20;
+/// Bytes of a large file that are looked at together.
+const BLOCK: usize = 128 << 10;
 /// Most bytes of headers that wait for the chunks before them to be compressed.
 const WAITING_HEADERS_MAX: usize = 4 << 20;
+/// Bytes after the end of the archive that are kept as one record.
+const TRAILER: usize = 1 << 20;
+/// Batches that may wait to be hashed.
+const UNHASHED: usize = 4;
 
 /// What the first half leaves to the second.
 pub(super) struct Intake<S: Write> {
     pub(super) spool: Spool<S>,
-    /// Path and hard link target of each entry.
-    pub(super) names: Vec<(EntryPath, Option<EntryPath>)>,
+    /// The entries, the landmark left out.
+    pub(super) names: Names,
     /// The record of each entry.
     pub(super) places: Vec<Place>,
-    /// The record of the landmark.
-    pub(super) landmark: Place,
-}
-
-/// Chunks on their way to a worker, one after the other.
-#[derive(Default)]
-struct Batch {
-    data: Vec<u8>,
-    lengths: Vec<usize>,
-}
-
-/// What a worker made of a batch: gzip members one after the other.
-struct Packed {
-    data: Vec<u8>,
-    chunks: Vec<PackedChunk>,
-}
-
-#[derive(Clone, Copy)]
-struct PackedChunk {
-    size: u64,
-    compressed: usize,
-    digest: Digest,
+    pub(super) landmark: Option<Place>,
+    /// The records after the last entry.
+    pub(super) trailer: Vec<Place>,
+    /// The hash and the length of the stream, if it comes out as it was read; not known where files are to move anyway.
+    pub(super) hashed: Option<(Hasher, u64)>,
 }
 
 /// An entry some of whose chunks are not compressed yet.
 struct Draft {
-    toc: TocEntry<'static>,
     record: Record,
-    size: u64,
     /// Bytes of content that are spooled.
     covered: u64,
-    /// Digest of the whole file, where it has several chunks.
-    digest: Option<Digest>,
-    chunks: Vec<PackedChunk>,
 }
 
 /// Reads all of `input` into the spool.
-pub(super) fn run<R, S>(
-    input: R,
-    spool: Spool<S>,
-    settings: &Settings,
-    prioritized: bool,
-) -> Result<Intake<S>, WriteError>
+pub(super) fn run<R, S>(input: R, spool: Spool<S>, settings: &Settings) -> Result<Intake<S>, WriteError>
 where
     R: Read,
     S: Read + Write + Seek,
 {
     std::thread::scope(|scope| {
-        let level = settings.level;
+        let (coding, is_shared, crc) = (settings.coding, settings.min_chunk_size > 0, settings.split_file);
         let worker = move || {
-            let mut compressor = Compressor::new(level);
-            move |batch: Batch| pack(&mut compressor, &batch)
+            let mut packer = Packer::new(coding, is_shared, crc);
+            move |batch: Arc<Batch>| match &mut packer {
+                Ok(packer) => packer.pack(&batch),
+                Err(error) => Err(io::Error::new(error.kind(), error.to_string())),
+            }
         };
         let pool = Pool::start(scope, "layer-pack", settings.threads, worker).map_err(WriteError::Thread)?;
+        let hashing = if settings.prioritized {
+            None
+        } else {
+            Some(start_hashing(scope)?)
+        };
+        let (unhashed, hasher) = hashing.unzip();
         let mut intake = Running {
+            settings,
             spool,
-            chunk_size: settings.chunk_size,
             pool,
+            unhashed,
             batch: Batch::default(),
             drafts: VecDeque::new(),
             waiting_headers: 0,
             records: 0,
-            names: Vec::new(),
+            names: Names::default(),
             places: Vec::new(),
         };
-        let mut reader = tar::Reader::new(input);
-        intake.add(landmark(prioritized)?, &mut LANDMARK_CONTENT.as_slice())?;
-        while let Some(entry) = reader.next_entry()? {
-            if !is_reserved(&entry.path) {
-                intake.add(entry, &mut reader)?;
-            }
+        let landmark = intake.landmark()?;
+        intake.read(input)?;
+        let entries = usize::from(landmark) + intake.names.len();
+        let mut spooled = intake.finish(entries)?;
+        if landmark {
+            spooled.landmark = Some(spooled.places.remove(0));
         }
-        reader.finish()?;
-        intake.finish()
+        spooled.hashed = match hasher {
+            Some(hasher) => Some(hasher.join().map_err(|_| WriteError::ThreadLost)?),
+            None => None,
+        };
+        Ok(spooled)
     })
 }
 
-fn pack(compressor: &mut Compressor, batch: &Batch) -> Packed {
-    let mut packed = Packed {
-        data: Vec::new(),
-        chunks: Vec::with_capacity(batch.lengths.len()),
+type Hashing<'scope> = (Sender<Arc<Batch>>, ScopedJoinHandle<'scope, (Hasher, u64)>);
+
+fn start_hashing<'scope>(scope: &'scope Scope<'scope, '_>) -> Result<Hashing<'scope>, WriteError> {
+    let (sender, batches) = bounded::<Arc<Batch>>(UNHASHED);
+    let hash = move || {
+        let (mut hasher, mut size) = (Hasher::new(), 0);
+        for batch in batches {
+            let mut at = 0;
+            for (end, zeros) in &batch.left_out {
+                hasher.update(batch.data.get(at..*end).unwrap_or_default());
+                each_zeros(*zeros, |zeros| hasher.update(zeros));
+                at = *end;
+                size += zeros;
+            }
+            hasher.update(batch.data.get(at..).unwrap_or_default());
+            size += batch.data.len() as u64;
+        }
+        (hasher, size)
     };
-    let mut rest = batch.data.as_slice();
-    for length in &batch.lengths {
-        let (chunk, after) = rest.split_at_checked(*length).unwrap_or((rest, &[]));
-        rest = after;
-        let start = packed.data.len();
-        append_member(compressor, chunk, &mut packed.data);
-        packed.chunks.push(PackedChunk {
-            size: chunk.len() as u64,
-            compressed: packed.data.len() - start,
-            digest: Digest::of(chunk),
-        });
-    }
-    packed
+    let thread = Builder::new()
+        .name("layer-diffid".to_owned())
+        .spawn_scoped(scope, hash)
+        .map_err(WriteError::Thread)?;
+    Ok((sender, thread))
 }
 
-/// The landmark as if it were an entry of the input. It has a name and nothing else.
-fn landmark(prioritized: bool) -> Result<TarEntry, WriteError> {
-    let name = if prioritized {
-        PREFETCH_LANDMARK
-    } else {
-        NO_PREFETCH_LANDMARK
-    };
-    let metadata = Metadata::default();
-    let kind = TarKind::Regular {
-        size: LANDMARK_CONTENT.len() as u64,
-    };
-    let raw_headers = encode_header(&NewEntry {
-        name: name.as_bytes(),
-        metadata: &metadata,
-        kind: &kind,
-        user_name: b"",
-        group_name: b"",
-    })?;
-    Ok(TarEntry {
-        offset: 0,
-        name: name.as_bytes().into(),
-        path: EntryPath::default(),
-        metadata,
-        raw_mode: 0,
-        access_time: None,
-        change_time: None,
-        kind,
-        user_name: Box::default(),
-        group_name: Box::default(),
-        raw_headers,
-        self_contained: true,
-    })
-}
-
-struct Running<S: Write> {
+struct Running<'s, S: Write> {
+    settings: &'s Settings,
     spool: Spool<S>,
-    chunk_size: u64,
-    pool: Pool<Batch, Packed>,
+    pool: Pool<Arc<Batch>, io::Result<Packed>>,
+    unhashed: Option<Sender<Arc<Batch>>>,
     batch: Batch,
     /// Entries whose records are not spooled yet, in the input's order.
     drafts: VecDeque<Draft>,
@@ -173,111 +145,347 @@ struct Running<S: Write> {
     waiting_headers: usize,
     /// Entries, chunks and attributes so far.
     records: usize,
-    names: Vec<(EntryPath, Option<EntryPath>)>,
-    /// The landmark's comes first.
+    names: Names,
+    /// The landmark's comes first, the trailer's last.
     places: Vec<Place>,
 }
 
-impl<S: Read + Write + Seek> Running<S> {
-    fn add(&mut self, mut entry: TarEntry, content: &mut dyn Read) -> Result<(), WriteError> {
-        let size = entry.kind.size();
-        self.count(1 + entry.metadata.xattrs.len() as u64 + size.div_ceil(self.chunk_size))?;
+impl<S: Read + Write + Seek> Running<'_, S> {
+    /// Adds the landmark as if it were an entry of the input. It has a name and nothing else.
+    fn landmark(&mut self) -> Result<bool, WriteError> {
+        let Some(name) = self.settings.landmark() else {
+            return Ok(false);
+        };
+        let size = LANDMARK_CONTENT.len() as u64;
+        let headers = encode_header(&NewEntry {
+            name: name.as_bytes(),
+            metadata: &Metadata::default(),
+            kind: &TarKind::Regular { size },
+            user_name: b"",
+            group_name: b"",
+        })?;
+        let entry = Entry {
+            name: name.to_owned(),
+            ..Entry::default()
+        };
+        self.begin(headers, Some(entry), size)?;
+        self.read_content(size, &mut LANDMARK_CONTENT.as_slice(), name.as_bytes())?;
+        self.end(padding(size))?;
+        Ok(true)
+    }
+
+    fn read<R: Read>(&mut self, input: R) -> Result<(), WriteError> {
+        if !self.settings.is_exact {
+            let mut reader = tar::Reader::new(input);
+            while let Some(entry) = reader.next_entry()? {
+                if !is_reserved(entry.path.as_bytes()) {
+                    let size = entry.kind.size();
+                    self.add(entry, &mut reader)?;
+                    self.end(padding(size))?;
+                }
+            }
+            reader.finish()?;
+            return Ok(());
+        }
+        let (tape, mut recording) = tape::record(input);
+        let mut reader = tar::Reader::new(tape);
+        let mut bytes = Vec::new();
+        while let Some(entry) = reader.next_entry()? {
+            bytes.clear();
+            recording.take(reader.position(), &mut bytes);
+            if is_reserved(entry.path.as_bytes()) {
+                if self.settings.keeps_diff_id && entry.path.as_bytes() == TOC_NAME.as_bytes() {
+                    return Err(WriteError::AlreadyEstargz);
+                }
+                if !self.settings.keeps_diff_id {
+                    let mut content = Taped(&mut reader, &mut recording);
+                    io::copy(&mut content, &mut io::sink())
+                        .map_err(|source| content_error(&entry.name, source))?;
+                    reader.end_entry()?;
+                    recording.skip(reader.position());
+                    continue;
+                }
+            }
+            let size = entry.kind.size();
+            let start = reader.position();
+            let name = entry.name.clone();
+            let is_as_it_was = bytes == entry.raw_headers;
+            let entry = self.exactly(entry, is_as_it_was)?;
+            self.add(entry, &mut Taped(&mut reader, &mut recording))?;
+            let stored = reader.position() - start;
+            reader.end_entry()?;
+            bytes.clear();
+            recording.take(reader.position(), &mut bytes);
+            if bytes.len() != padding(size).len() || stored != size {
+                if self.settings.keeps_diff_id {
+                    return Err(not_lossless(&name));
+                }
+                bytes.clear();
+                bytes.extend_from_slice(padding(size));
+            }
+            self.end(&bytes)?;
+        }
+        self.read_trailer(&mut reader, &mut recording)
+    }
+
+    /// Keeps what follows the last entry.
+    fn read_trailer<R: Read>(
+        &mut self,
+        reader: &mut tar::Reader<tape::Tape<R>>,
+        recording: &mut Recording,
+    ) -> Result<(), WriteError> {
+        loop {
+            let mut bytes = Vec::new();
+            let more = reader.read_trailer(TRAILER)?;
+            recording.take(reader.position(), &mut bytes);
+            if !bytes.is_empty() {
+                self.begin(bytes, None, 0)?;
+                self.end(&[])?;
+            }
+            if !more {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Sees to it that headers which are copied mean to other readers what they mean here.
+    fn exactly(&self, mut entry: TarEntry, is_as_it_was: bool) -> Result<TarEntry, WriteError> {
+        if self.settings.keeps_diff_id {
+            // What belongs to no entry (the label of a volume) would be lost.
+            return if is_as_it_was {
+                Ok(entry)
+            } else {
+                Err(not_lossless(&entry.name))
+            };
+        }
+        entry.self_contained &= is_as_it_was && is_usual(&entry);
         if !entry.self_contained {
-            entry.raw_headers = encode_header(&NewEntry {
+            entry.raw_mode = entry.metadata.mode.into();
+            (entry.access_time, entry.change_time) = (None, None);
+        }
+        Ok(entry)
+    }
+
+    fn add(&mut self, entry: TarEntry, content: &mut dyn Read) -> Result<(), WriteError> {
+        let size = entry.kind.size();
+        self.count(1 + entry.metadata.xattrs.len())?;
+        let described = Entry::describe(&entry)?;
+        let headers = if entry.self_contained || self.settings.keeps_diff_id {
+            entry.raw_headers
+        } else {
+            encode_header(&NewEntry {
                 name: &entry.name,
                 metadata: &entry.metadata,
                 kind: &entry.kind,
                 user_name: &entry.user_name,
                 group_name: &entry.group_name,
-            })?;
-        }
-        let toc = describe(&entry)?;
-        let link = match entry.kind {
+            })?
+        };
+        let link = match &entry.kind {
             TarKind::Hardlink { target, .. } => Some(target),
             _ => None,
         };
-        self.waiting_headers += entry.raw_headers.len();
-        self.names.push((entry.path, link));
+        self.names.push(&entry.path, link);
+        self.begin(headers, Some(described), size)?;
+        self.read_content(size, content, &entry.name)
+    }
+
+    fn begin(&mut self, headers: Vec<u8>, entry: Option<Entry>, size: u64) -> Result<(), WriteError> {
+        self.batch.data.extend_from_slice(&headers);
+        self.waiting_headers += headers.len();
+        let is_empty_file = size == 0 && entry.as_ref().is_some_and(Entry::is_regular);
         self.drafts.push_back(Draft {
-            toc,
             record: Record {
-                headers: entry.raw_headers,
-                uid: entry.metadata.uid,
-                gid: entry.metadata.gid,
-                // A name that is no text helps nobody; the ids say the same.
-                user_name: String::from_utf8(entry.user_name.into_vec()).unwrap_or_default(),
-                group_name: String::from_utf8(entry.group_name.into_vec()).unwrap_or_default(),
+                headers,
+                entry: entry.map(Box::new),
+                size,
+                digest: is_empty_file.then_some(Digest::EMPTY),
                 ..Record::default()
             },
-            size,
             covered: 0,
-            digest: None,
-            chunks: Vec::new(),
         });
-        self.read_content(size, content, &entry.name)?;
-        self.spool_complete()?;
         if self.waiting_headers > WAITING_HEADERS_MAX {
             self.drain()?;
         }
         Ok(())
     }
 
-    fn count(&mut self, records: u64) -> Result<(), WriteError> {
-        let sum = usize::try_from(records)
-            .ok()
-            .and_then(|records| self.records.checked_add(records));
+    /// Ends the entry that was begun last.
+    fn end(&mut self, padding: &[u8]) -> Result<(), WriteError> {
+        self.batch.data.extend_from_slice(padding);
+        if padding.iter().any(|byte| *byte != 0)
+            && let Some(draft) = self.drafts.back_mut()
+        {
+            draft.record.padding = Some(padding.to_vec());
+        }
+        if self.batch.data.len() >= BATCH {
+            self.send(self.batch.data.len())?;
+        }
+        self.spool_complete(0)
+    }
+
+    fn count(&mut self, records: usize) -> Result<(), WriteError> {
+        let sum = self.records.checked_add(records);
         self.records = sum.filter(|sum| *sum <= RECORDS_MAX).ok_or(WriteError::TooMany)?;
         Ok(())
     }
 
-    /// Cuts a file into chunks and hands them to the pool.
+    /// Cuts a file into chunks.
     fn read_content(&mut self, size: u64, content: &mut dyn Read, name: &[u8]) -> Result<(), WriteError> {
-        let mut whole = (size > self.chunk_size).then(Hasher::new);
-        let mut rest = size;
-        while rest > 0 {
-            let length = rest.min(self.chunk_size);
-            rest -= length;
-            let start = self.batch.data.len();
-            let length = usize::try_from(length).map_err(|_| WriteError::ChunkSize(length))?;
-            self.batch.data.resize(start + length, 0);
-            let chunk = self.batch.data.get_mut(start..).unwrap_or_default();
-            content.read_exact(chunk).map_err(|source| WriteError::Content {
-                entry: String::from_utf8_lossy(name).into_owned(),
-                source,
-            })?;
-            if let Some(hasher) = &mut whole {
-                hasher.update(chunk);
+        if size == 0 {
+            return Ok(());
+        }
+        if size > SMALL {
+            return self.read_large(size, content, name);
+        }
+        let start = self.batch.data.len();
+        let length = usize::try_from(size).map_err(|_| WriteError::ChunkSize(size))?;
+        self.batch.data.resize(start + length, 0);
+        let file = self.batch.data.get_mut(start..).unwrap_or_default();
+        content
+            .read_exact(file)
+            .map_err(|source| content_error(name, source))?;
+        let before = self.batch.pieces.len();
+        let pieces = &mut self.batch.pieces;
+        let mut at = start;
+        let mut cut = |cut: Cut| {
+            let (length, zeros) = match cut {
+                Cut::Data(length) => (length, 0),
+                Cut::Hole(zeros) => (usize::try_from(zeros).unwrap_or(usize::MAX), zeros),
+            };
+            pieces.push(Piece {
+                start: at,
+                end: at + length,
+                zeros,
+                file: None,
+            });
+            at += length;
+        };
+        match self.settings.split {
+            Split::Rolling => {
+                let mut splitter = Splitter::new();
+                splitter.push(file, &mut cut);
+                splitter.finish(&mut cut);
             }
-            self.batch.lengths.push(length);
+            Split::Fixed(chunk_size) => file
+                .chunks(chunk_size)
+                .for_each(|chunk| cut(Cut::Data(chunk.len()))),
+        }
+        if let Some(last) = pieces.last_mut() {
+            last.file = Some(start);
+        }
+        let added = self.batch.pieces.len() - before;
+        self.count(added)
+    }
+
+    /// The same for a file whose chunks go to the workers as they come.
+    fn read_large(&mut self, size: u64, content: &mut dyn Read, name: &[u8]) -> Result<(), WriteError> {
+        let (mut hasher, mut crc) = (Hasher::new(), Crc64::new());
+        let mut cutter = match self.settings.split {
+            Split::Rolling => Cutter::Rolling(Splitter::new()),
+            Split::Fixed(chunk_size) => Cutter::Fixed(chunk_size, 0),
+        };
+        // The piece that is open starts here; what is behind it in the batch belongs to it.
+        let mut start = self.batch.data.len();
+        let mut block = vec![0; BLOCK];
+        let mut rest = size;
+        let mut cuts = Vec::new();
+        while rest > 0 {
+            let length = usize::try_from(rest).map_or(BLOCK, |rest| rest.min(BLOCK));
+            let block = block.get_mut(..length).unwrap_or_default();
+            content
+                .read_exact(block)
+                .map_err(|source| content_error(name, source))?;
+            rest -= length as u64;
+            hasher.update(block);
+            if self.settings.split_file {
+                crc.update(block);
+            }
+            cutter.push(block, rest == 0, &mut |cut| cuts.push(cut));
             if rest == 0
                 && let Some(draft) = self.drafts.back_mut()
             {
-                draft.digest = whole.take().map(Hasher::finish);
+                draft.record.digest = Some(std::mem::take(&mut hasher).finish());
+                draft.record.crc64 = crc.finish();
             }
-            if self.batch.data.len() >= BATCH {
-                self.send()?;
+            self.batch.data.extend_from_slice(block);
+            self.count(cuts.len())?;
+            for cut in cuts.drain(..) {
+                start = self.cut_large(start, cut)?;
+            }
+            // Zeros that will be a hole need not lie around, however many they are.
+            let zeros = cutter.pending_hole();
+            let open = self.batch.data.len() - start;
+            if let Some(kept) = zeros.and_then(|zeros| open.checked_sub(zeros)) {
+                self.batch.data.truncate(start + kept);
+                cutter.forget_pending();
             }
         }
         Ok(())
     }
 
-    /// Hands the batch to the pool, after making room for it.
-    fn send(&mut self) -> Result<(), WriteError> {
-        let weight = self.batch.data.len() * 2;
-        if weight == 0 {
+    /// Ends a piece that starts at `start` in the batch, and says where the next one does.
+    fn cut_large(&mut self, start: usize, cut: Cut) -> Result<usize, WriteError> {
+        let (end, zeros) = match cut {
+            Cut::Data(length) => (start + length, 0),
+            Cut::Hole(zeros) => (start, zeros),
+        };
+        if let Cut::Hole(zeros) = cut {
+            // Some of them may be there still.
+            let there = self
+                .batch
+                .data
+                .get(start..)
+                .map_or(0, |rest| rest.iter().take_while(|byte| **byte == 0).count())
+                .min(usize::try_from(zeros).unwrap_or(usize::MAX));
+            self.batch.data.drain(start..start + there);
+            self.batch.left_out.push((start, zeros));
+        }
+        self.batch.pieces.push(Piece {
+            start,
+            end,
+            zeros,
+            file: None,
+        });
+        if end >= BATCH {
+            self.send(end)?;
+            return Ok(0);
+        }
+        Ok(end)
+    }
+
+    /// Hands the first `length` bytes of the batch to the pool, after making room for them.
+    fn send(&mut self, length: usize) -> Result<(), WriteError> {
+        let rest = self.batch.data.split_off(length);
+        let batch = std::mem::take(&mut self.batch);
+        self.batch.data = rest;
+        if let Some(unhashed) = &self.unhashed
+            && !(batch.data.is_empty() && batch.left_out.is_empty())
+        {
+            let batch = Arc::new(batch);
+            unhashed
+                .send(Arc::clone(&batch))
+                .map_err(|_| WriteError::ThreadLost)?;
+            return self.push(batch);
+        }
+        self.push(Arc::new(batch))
+    }
+
+    fn push(&mut self, batch: Arc<Batch>) -> Result<(), WriteError> {
+        if batch.pieces.is_empty() {
             return Ok(());
         }
+        let weight = batch.data.len() * 2;
         while self.pool.is_full(weight) {
             self.collect()?;
         }
-        let batch = std::mem::take(&mut self.batch);
         self.pool.push(batch, weight)?;
         Ok(())
     }
 
     /// Waits for everything that was handed out so far.
     fn drain(&mut self) -> Result<(), WriteError> {
-        self.send()?;
+        self.send(self.batch.data.len())?;
         while self.collect()? {}
         Ok(())
     }
@@ -287,150 +495,157 @@ impl<S: Read + Write + Seek> Running<S> {
         let Some(packed) = self.pool.pop()? else {
             return Ok(false);
         };
-        let mut rest = packed.data.as_slice();
+        let packed = packed.map_err(WriteError::Compressor)?;
+        let mut at = self.spool.append(&packed.data).map_err(WriteError::Spool)?;
         for chunk in packed.chunks {
-            self.spool_complete()?;
-            let (member, after) = rest.split_at_checked(chunk.compressed).unwrap_or((rest, &[]));
-            rest = after;
-            let start = self.spool.append(member).map_err(WriteError::Spool)?;
+            self.spool_complete(1)?;
+            let is_shared = packed.shared > 0;
+            let stored = if is_shared {
+                packed.data.len()
+            } else {
+                chunk.stored
+            };
             if let Some(draft) = self.drafts.front_mut() {
-                if draft.chunks.is_empty() {
-                    draft.record.start = start;
-                }
                 draft.covered += chunk.size;
-                draft.chunks.push(chunk);
+                draft.record.chunks.push(Chunk {
+                    size: chunk.size,
+                    digest: chunk.digest,
+                    is_hole: chunk.is_hole,
+                    at,
+                    stored,
+                    inner: if is_shared { chunk.stored } else { 0 },
+                    shared: packed.shared,
+                });
+                if let Some((digest, crc64)) = chunk.file {
+                    draft.record.digest = Some(digest);
+                    draft.record.crc64 = crc64;
+                }
+            }
+            if !is_shared {
+                at += stored as u64;
             }
         }
-        self.spool_complete()?;
+        self.spool_complete(1)?;
         Ok(true)
     }
 
-    /// Spools the records of the entries at the front that miss no chunk any more.
-    fn spool_complete(&mut self) -> Result<(), WriteError> {
-        while let Some(draft) = self.drafts.pop_front_if(|draft| draft.covered == draft.size) {
+    /// Spools the records of the entries at the front that miss no chunk any more. The last `open` of them may still get
+    /// their padding.
+    fn spool_complete(&mut self, open: usize) -> Result<(), WriteError> {
+        while self.drafts.len() > open
+            && let Some(draft) = self
+                .drafts
+                .pop_front_if(|draft| draft.covered == draft.record.size)
+        {
             self.waiting_headers -= draft.record.headers.len();
-            let record = draft.into_record(self.chunk_size)?;
-            let place = self.spool.append_record(&record).map_err(WriteError::Spool)?;
+            let place = self
+                .spool
+                .append_record(&draft.record)
+                .map_err(WriteError::Spool)?;
             self.places.push(place);
         }
         Ok(())
     }
 
-    fn finish(mut self) -> Result<Intake<S>, WriteError> {
+    /// The first `entries` of the places are those of entries.
+    fn finish(mut self, entries: usize) -> Result<Intake<S>, WriteError> {
         self.drain()?;
-        if !self.drafts.is_empty() || self.places.len() != self.names.len() || self.places.is_empty() {
+        self.spool_complete(0)?;
+        if !self.drafts.is_empty() || self.places.len() < entries {
             return Err(WriteError::ThreadLost);
         }
-        self.names.remove(0);
-        let landmark = self.places.remove(0);
+        let trailer = self.places.split_off(entries);
         Ok(Intake {
             spool: self.spool,
             names: self.names,
             places: self.places,
-            landmark,
+            landmark: None,
+            trailer,
+            hashed: None,
         })
     }
 }
 
-impl Draft {
-    /// The record, with the TOC entries that upstream's writer would make: the size of a chunk stands there only if it is
-    /// the full chunk size.
-    fn into_record(self, chunk_size: u64) -> Result<Record, WriteError> {
-        let Self {
-            mut toc,
-            mut record,
-            digest,
-            chunks,
-            ..
-        } = self;
-        let (name, kind) = (toc.name.clone(), toc.kind.clone());
-        if kind == "reg" {
-            let only = chunks.first().map_or(Digest::EMPTY, |chunk| chunk.digest);
-            toc.digest = digest.unwrap_or(only).to_string().into();
+/// How a large file is cut.
+enum Cutter {
+    /// Bytes per chunk, and bytes of the chunk that is open.
+    Fixed(usize, usize),
+    Rolling(Splitter),
+}
+
+impl Cutter {
+    fn push(&mut self, block: &[u8], is_last: bool, cut: &mut impl FnMut(Cut)) {
+        match self {
+            Self::Fixed(chunk_size, open) => {
+                let mut rest = block.len();
+                while rest > 0 {
+                    let taken = rest.min(*chunk_size - *open);
+                    rest -= taken;
+                    *open += taken;
+                    if open == chunk_size || (rest == 0 && is_last) {
+                        cut(Cut::Data(std::mem::take(open)));
+                    }
+                }
+            }
+            Self::Rolling(splitter) => {
+                splitter.push(block, cut);
+                if is_last {
+                    std::mem::replace(splitter, Splitter::new()).finish(cut);
+                }
+            }
         }
-        if chunks.is_empty() {
-            record.json.push(open_json(&toc)?);
+    }
+
+    /// Zeros at the end that are kept and surely a hole.
+    fn pending_hole(&self) -> Option<usize> {
+        match self {
+            Self::Fixed(..) => None,
+            Self::Rolling(splitter) => splitter.pending_hole(),
         }
-        let mut position = 0;
-        for chunk in chunks {
-            toc.chunk_offset = signed(position);
-            toc.chunk_size = if chunk.size == chunk_size {
-                signed(chunk.size)
-            } else {
-                0
-            };
-            toc.chunk_digest = chunk.digest.to_string().into();
-            record.json.push(open_json(&toc)?);
-            record.chunks.push((chunk.size, chunk.compressed as u64));
-            position += chunk.size;
-            toc = TocEntry {
-                name: name.clone(),
-                kind: Cow::Borrowed("chunk"),
-                ..TocEntry::default()
-            };
+    }
+
+    fn forget_pending(&mut self) {
+        if let Self::Rolling(splitter) = self {
+            splitter.forget_pending();
         }
-        Ok(record)
     }
 }
 
-/// A JSON object without its closing brace.
-fn open_json(toc: &TocEntry<'_>) -> Result<String, WriteError> {
-    let mut json = serde_json::to_string(toc)?;
-    json.pop();
-    Ok(json)
-}
+/// A content that is not recorded.
+struct Taped<'a, R>(&'a mut tar::Reader<R>, &'a mut Recording);
 
-/// Sizes of tar entries fit: the tar format has no larger ones.
-fn signed(number: u64) -> i64 {
-    i64::try_from(number).unwrap_or(i64::MAX)
-}
-
-/// The TOC entry of a tar entry, as far as it is known without the content.
-fn describe(entry: &TarEntry) -> Result<TocEntry<'static>, WriteError> {
-    let text = |field: &'static str, bytes: &[u8]| {
-        String::from_utf8(bytes.to_vec()).map_err(|_| WriteError::NotUtf8 {
-            entry: String::from_utf8_lossy(&entry.name).into_owned(),
-            field,
-        })
-    };
-    let metadata = &entry.metadata;
-    let mut xattrs = None;
-    for (name, value) in &metadata.xattrs {
-        let value = base64::engine::general_purpose::STANDARD.encode(value);
-        let name = text("the name of an extended attribute", name)?;
-        xattrs
-            .get_or_insert_with(std::collections::BTreeMap::new)
-            .insert(name, value);
+impl<R: Read> Read for Taped<'_, R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        // No more than the recording holds.
+        let length = buffer.len().min(TRAILER);
+        let count = self.0.read(buffer.get_mut(..length).unwrap_or_default())?;
+        self.1.skip(self.0.position());
+        Ok(count)
     }
-    let mut toc = TocEntry {
-        name: text("the name", &entry.name)?.into(),
-        size: signed(entry.kind.size()),
-        modtime: time::format(metadata.mtime, metadata.mtime_nanoseconds).into(),
-        mode: metadata.mode.into(),
-        uid: metadata.uid.into(),
-        gid: metadata.gid.into(),
-        xattrs,
-        ..TocEntry::default()
+}
+
+/// Whether other readers see the same entry in these headers: some take a file whose name ends in `/` for a file, do not know
+/// type `7`, or look for a content behind links that claim one.
+fn is_usual(entry: &TarEntry) -> bool {
+    let Some(header) = entry.raw_headers.last_chunk::<{ tar::BLOCK }>() else {
+        return false;
     };
-    let mut device = |kind, device: &Device| {
-        toc.dev_major = device.major.into();
-        toc.dev_minor = device.minor.into();
-        kind
-    };
-    toc.kind = Cow::Borrowed(match &entry.kind {
-        TarKind::Directory => "dir",
-        TarKind::Regular { .. } => "reg",
-        TarKind::Symlink(target) => {
-            toc.link_name = text("the target", target)?.into();
-            "symlink"
-        }
-        TarKind::Hardlink { raw, .. } => {
-            toc.link_name = text("the target", raw)?.into();
-            "hardlink"
-        }
-        TarKind::CharDevice(number) => device("char", number),
-        TarKind::BlockDevice(number) => device("block", number),
-        TarKind::Fifo => "fifo",
-    });
-    Ok(toc)
+    let (kind, size) = (header[156], header.get(124..136).unwrap_or_default());
+    match entry.kind {
+        TarKind::Regular { .. } => matches!(kind, 0 | b'0'),
+        _ => matches!(kind, b'1'..=b'6') && size.iter().all(|byte| matches!(byte, b'0' | b' ' | 0)),
+    }
+}
+
+fn content_error(name: &[u8], source: io::Error) -> WriteError {
+    WriteError::Content {
+        entry: String::from_utf8_lossy(name).into_owned(),
+        source,
+    }
+}
+
+fn not_lossless(name: &[u8]) -> WriteError {
+    WriteError::NotLossless {
+        entry: String::from_utf8_lossy(name).into_owned(),
+    }
 }

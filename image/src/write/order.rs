@@ -14,13 +14,54 @@ use std::collections::HashMap;
 use crate::estargz::is_reserved;
 use crate::path::EntryPath;
 
-/// What the order depends on, for each entry of the input.
-#[derive(Debug, Clone, Copy)]
-pub struct Item<'a> {
-    /// The entry's path.
-    pub path: &'a EntryPath,
-    /// The target, if it is a hard link.
-    pub link: Option<&'a EntryPath>,
+/// What the order depends on: the path of each entry of the input and, of a hard link, its target. All of it lies in one
+/// buffer, since layers of a million entries exist.
+#[derive(Debug, Default)]
+pub struct Names {
+    bytes: Vec<u8>,
+    /// Where in `bytes` each entry's path ends, and its target.
+    ends: Vec<(usize, usize)>,
+}
+
+impl Names {
+    /// Adds an entry.
+    pub fn push(&mut self, path: &EntryPath, link: Option<&EntryPath>) {
+        self.bytes.extend_from_slice(path.as_bytes());
+        let path_end = self.bytes.len();
+        if let Some(link) = link {
+            // The root is a target too.
+            self.bytes.push(b'/');
+            self.bytes.extend_from_slice(link.as_bytes());
+        }
+        self.ends.push((path_end, self.bytes.len()));
+    }
+
+    /// Number of entries.
+    pub fn len(&self) -> usize {
+        self.ends.len()
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.ends.is_empty()
+    }
+
+    /// The path of an entry; empty for an index that is none.
+    pub fn path(&self, index: usize) -> &[u8] {
+        let end = self.ends.get(index).map_or(0, |(path_end, _)| *path_end);
+        self.bytes.get(self.start(index)..end).unwrap_or_default()
+    }
+
+    fn link(&self, index: usize) -> Option<EntryPath> {
+        let (start, end) = self.ends.get(index)?;
+        let link = self.bytes.get(*start..*end)?.strip_prefix(b"/")?;
+        EntryPath::clean(link).ok()
+    }
+
+    fn start(&self, index: usize) -> usize {
+        let before = index.checked_sub(1).and_then(|before| self.ends.get(before));
+        before.map_or(0, |(_, end)| *end)
+    }
 }
 
 /// A prioritized path that was not moved to the front.
@@ -56,18 +97,19 @@ pub enum Orphans {
 
 /// Puts the entries in order. Of several entries with one path the last one counts and the others are dropped; reserved
 /// names ([`is_reserved`]) are dropped too.
-pub fn sort<P: AsRef<[u8]>>(items: &[Item<'_>], prioritized: &[P], orphans: Orphans) -> Order {
-    let mut last: HashMap<&[u8], usize> = HashMap::with_capacity(items.len());
-    for (index, item) in items.iter().enumerate() {
-        if !is_reserved(item.path) {
-            last.insert(item.path.as_bytes(), index);
+pub fn sort<P: AsRef<[u8]>>(names: &Names, prioritized: &[P], orphans: Orphans) -> Order {
+    let mut last: HashMap<&[u8], usize> = HashMap::with_capacity(names.len());
+    for index in 0..names.len() {
+        let path = names.path(index);
+        if !is_reserved(path) {
+            last.insert(path, index);
         }
     }
     let mut mover = Mover {
-        items,
+        names,
         orphans,
         last,
-        states: vec![State::Waiting; items.len()],
+        states: vec![State::Waiting; names.len()],
         moved: Vec::new(),
     };
     let mut missing = Vec::new();
@@ -81,19 +123,10 @@ pub fn sort<P: AsRef<[u8]>>(items: &[Item<'_>], prioritized: &[P], orphans: Orph
             missing.push(Missing { path, absent });
         }
     }
-    let stays = |(index, item): &(usize, &Item<'_>)| {
-        mover.last.get(item.path.as_bytes()) == Some(index)
-            && mover
-                .states
-                .get(*index)
-                .is_some_and(|state| *state != State::Moved)
+    let stays = |index: &usize| {
+        mover.last.get(names.path(*index)) == Some(index) && mover.state(*index) != State::Moved
     };
-    let rest = items
-        .iter()
-        .enumerate()
-        .filter(stays)
-        .map(|(index, _)| index)
-        .collect();
+    let rest = (0..names.len()).filter(stays).collect();
     Order {
         first: mover.moved,
         rest,
@@ -110,7 +143,7 @@ enum State {
 }
 
 struct Mover<'a> {
-    items: &'a [Item<'a>],
+    names: &'a Names,
     orphans: Orphans,
     last: HashMap<&'a [u8], usize>,
     states: Vec<State>,
@@ -150,8 +183,7 @@ impl Mover<'_> {
                     }
                 },
                 Step::Follow(index) => {
-                    let link = self.items.get(index).and_then(|item| item.link);
-                    steps.extend(link.cloned().map(Step::Visit));
+                    steps.extend(self.names.link(index).map(Step::Visit));
                 }
                 Step::Move(index) => {
                     self.set(index, State::Moved);
@@ -205,14 +237,11 @@ mod tests {
                 None => (text, clean(text), None),
             })
             .collect();
-        let items: Vec<Item<'_>> = parsed
-            .iter()
-            .map(|(_, path, link)| Item {
-                path,
-                link: link.as_ref(),
-            })
-            .collect();
-        let order = sort(&items, prioritized, orphans);
+        let mut names = Names::default();
+        for (_, path, link) in &parsed {
+            names.push(path, link.as_ref());
+        }
+        let order = sort(&names, prioritized, orphans);
         let name = |index: &usize| {
             let (name, path, _) = &parsed[*index];
             let count = parsed.iter().filter(|(_, other, _)| other == path).count();
@@ -404,15 +433,11 @@ mod tests {
         let paths: Vec<EntryPath> = (0..count)
             .map(|index| EntryPath::clean(format!("f{index}").as_bytes()).unwrap())
             .collect();
-        let items: Vec<Item<'_>> = paths
-            .iter()
-            .enumerate()
-            .map(|(index, path)| Item {
-                path,
-                link: paths.get(index + 1),
-            })
-            .collect();
-        let order = sort(&items, &["f0"], Orphans::Leave);
+        let mut names = Names::default();
+        for (index, path) in paths.iter().enumerate() {
+            names.push(path, paths.get(index + 1));
+        }
+        let order = sort(&names, &["f0"], Orphans::Leave);
         assert_eq!(order.first, (0..count).rev().collect::<Vec<_>>());
         assert_eq!((order.rest, order.missing), (vec![], vec![]));
     }
@@ -427,8 +452,11 @@ mod tests {
         ) {
             let clean = |name: &String| EntryPath::clean(name.as_bytes()).unwrap();
             let parsed: Vec<_> = names.iter().map(|(name, link)| (clean(name), link.as_ref().map(clean))).collect();
-            let items: Vec<Item<'_>> = parsed.iter().map(|(path, link)| Item { path, link: link.as_ref() }).collect();
-            let order = sort(&items, &prioritized, if orphans { Orphans::Move } else { Orphans::Leave });
+            let mut entries = Names::default();
+            for (path, link) in &parsed {
+                entries.push(path, link.as_ref());
+            }
+            let order = sort(&entries, &prioritized, if orphans { Orphans::Move } else { Orphans::Leave });
             let mut all: Vec<usize> = order.first.iter().chain(&order.rest).copied().collect();
             for (position, index) in order.first.iter().enumerate() {
                 let parent = parsed[*index].0.parent().unwrap();

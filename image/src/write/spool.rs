@@ -1,44 +1,35 @@
 //! The writer's temporary file: compressed chunks, and for each entry a record of everything else about it, so that
-//! memory holds no more than names and positions while the order of the entries is still open.
+//! memory holds no more than names and places while the order of the entries is still open.
 //!
-//! First only [`Spool::append`] is called, then, after [`Spool::rewind`], only [`Spool::read`]. Nothing in the file is meant
-//! to outlive the writer.
+//! First only [`Spool::append`] and [`Spool::append_record`] are called, then, after [`Spool::rewind`], only the methods of
+//! [`SpoolReader`]. Records are compressed many at a time: headers and names repeat so much that the file stays below the
+//! size of the blob, in which each file's headers are compressed by themselves. Nothing in the file is meant to outlive the
+//! writer.
 
 use std::io::{self, BufReader, BufWriter, Read, Seek, SeekFrom, Write};
 
-use serde::{Deserialize, Serialize};
+use super::record::{Chunk, Record};
 
 /// Bytes gathered before the file is touched.
 const BUFFER: usize = 256 << 10;
-
-/// What is kept of one entry beside its chunks.
-#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
-pub(super) struct Record {
-    /// Every header block.
-    pub(super) headers: Vec<u8>,
-    /// The entry's TOC entries, one per chunk (one for an entry without content): JSON objects that lack the names of
-    /// user and group, the offset, and the closing brace.
-    pub(super) json: Vec<String>,
-    /// Owner.
-    pub(super) uid: u32,
-    /// Owning group.
-    pub(super) gid: u32,
-    /// Name of the owner, may be empty.
-    pub(super) user_name: String,
-    /// Name of the group, may be empty.
-    pub(super) group_name: String,
-    /// Where the first chunk lies in the spool; the others follow without gaps.
-    pub(super) start: u64,
-    /// The chunks: bytes uncompressed and compressed.
-    pub(super) chunks: Vec<(u64, u64)>,
-}
+/// Bytes of records that are compressed together. A prioritized file costs one such batch to be read.
+const RECORDS: usize = 128 << 10;
+/// zstd's level for records: close to what deflate makes of them at its best, and several times faster.
+const RECORD_LEVEL: i32 = 3;
 
 /// Where a record lies.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Place {
+    batch: u32,
+    start: u32,
+}
+
+/// Records that were compressed together.
+#[derive(Debug, Clone, Copy)]
+struct Batch {
     offset: u64,
-    compressed: u32,
-    length: u32,
+    compressed: usize,
+    length: usize,
 }
 
 /// The file while it is written.
@@ -46,6 +37,9 @@ pub(super) struct Spool<S: Write> {
     file: BufWriter<S>,
     position: u64,
     compressor: zstd::bulk::Compressor<'static>,
+    batches: Vec<Batch>,
+    /// Records that are not in the file yet, each behind its length.
+    records: Vec<u8>,
 }
 
 /// The file while it is read.
@@ -53,6 +47,13 @@ pub(super) struct SpoolReader<S> {
     file: BufReader<S>,
     position: u64,
     decompressor: zstd::bulk::Decompressor<'static>,
+    batches: Vec<Batch>,
+    /// The batch that was read last: most records are asked for in order.
+    records: Vec<u8>,
+    loaded: Option<u32>,
+    /// The chunks that are compressed together and were read last, and where they are.
+    shared: Vec<u8>,
+    shared_at: Option<u64>,
 }
 
 impl<S: Read + Write + Seek> Spool<S> {
@@ -61,7 +62,9 @@ impl<S: Read + Write + Seek> Spool<S> {
         Ok(Self {
             file: BufWriter::with_capacity(BUFFER, file),
             position: 0,
-            compressor: zstd::bulk::Compressor::new(1)?,
+            compressor: zstd::bulk::Compressor::new(RECORD_LEVEL)?,
+            batches: Vec::new(),
+            records: Vec::new(),
         })
     }
 
@@ -73,48 +76,106 @@ impl<S: Read + Write + Seek> Spool<S> {
         Ok(start)
     }
 
-    /// Appends a record. It is compressed, because headers are mostly zeros and the file should not outgrow the blob.
+    /// Appends a record.
     pub(super) fn append_record(&mut self, record: &Record) -> io::Result<Place> {
-        let plain = postcard::to_stdvec(record).map_err(io::Error::other)?;
-        let data = self.compressor.compress(&plain)?;
-        let length = |data: &[u8]| u32::try_from(data.len()).map_err(io::Error::other);
-        Ok(Place {
-            compressed: length(&data)?,
-            length: length(&plain)?,
+        let number = |number: usize| u32::try_from(number).map_err(io::Error::other);
+        let place = Place {
+            batch: number(self.batches.len())?,
+            start: number(self.records.len())?,
+        };
+        let room = place.start.to_le_bytes();
+        self.records.extend_from_slice(&room);
+        let start = self.records.len();
+        self.records =
+            postcard::to_extend(record, std::mem::take(&mut self.records)).map_err(io::Error::other)?;
+        let length = number(self.records.len() - start)?.to_le_bytes();
+        if let Some(room) = self.records.get_mut(start - length.len()..start) {
+            room.copy_from_slice(&length);
+        }
+        if self.records.len() >= RECORDS {
+            self.end_batch()?;
+        }
+        Ok(place)
+    }
+
+    fn end_batch(&mut self) -> io::Result<()> {
+        if self.records.is_empty() {
+            return Ok(());
+        }
+        let data = self.compressor.compress(&self.records)?;
+        let batch = Batch {
             offset: self.append(&data)?,
-        })
+            compressed: data.len(),
+            length: self.records.len(),
+        };
+        self.batches.push(batch);
+        self.records.clear();
+        Ok(())
     }
 
     /// Ends the writing.
-    pub(super) fn rewind(self) -> io::Result<SpoolReader<S>> {
+    pub(super) fn rewind(mut self) -> io::Result<SpoolReader<S>> {
+        self.end_batch()?;
         let mut file = self.file.into_inner().map_err(io::IntoInnerError::into_error)?;
         file.seek(SeekFrom::Start(0))?;
         Ok(SpoolReader {
             file: BufReader::with_capacity(BUFFER, file),
             position: 0,
             decompressor: zstd::bulk::Decompressor::new()?,
+            batches: self.batches,
+            records: Vec::new(),
+            loaded: None,
+            shared: Vec::new(),
+            shared_at: None,
         })
     }
 }
 
 impl<S: Read + Seek> SpoolReader<S> {
     /// Reads `length` bytes at `offset`.
-    pub(super) fn read(&mut self, offset: u64, length: u64) -> io::Result<Vec<u8>> {
+    pub(super) fn read(&mut self, offset: u64, length: usize) -> io::Result<Vec<u8>> {
         let away = i64::try_from(i128::from(offset) - i128::from(self.position)).map_err(io::Error::other)?;
         // Stays inside the buffer where it can: most reads are near the one before.
         self.file.seek_relative(away)?;
         self.position = offset;
-        let mut data = vec![0; usize::try_from(length).map_err(io::Error::other)?];
+        let mut data = vec![0; length];
         self.file.read_exact(&mut data)?;
-        self.position += length;
+        self.position += length as u64;
         Ok(data)
     }
 
+    /// Reads a chunk that was compressed together with others.
+    pub(super) fn read_shared(&mut self, chunk: &Chunk) -> io::Result<&[u8]> {
+        if self.shared_at != Some(chunk.at) {
+            let data = self.read(chunk.at, chunk.stored)?;
+            self.shared = self.decompressor.decompress(&data, chunk.shared)?;
+            self.shared_at = Some(chunk.at);
+        }
+        let size = usize::try_from(chunk.size).map_err(io::Error::other)?;
+        let bytes = self.shared.get(chunk.inner..).and_then(|rest| rest.get(..size));
+        bytes.ok_or_else(|| io::Error::other("a chunk is not where it was written"))
+    }
+
     pub(super) fn read_record(&mut self, place: Place) -> io::Result<Record> {
-        let data = self.read(place.offset, u64::from(place.compressed))?;
-        let length = usize::try_from(place.length).map_err(io::Error::other)?;
-        let plain = self.decompressor.decompress(&data, length)?;
-        postcard::from_bytes(&plain).map_err(io::Error::other)
+        let damaged = || io::Error::other("no record where one was written");
+        if self.loaded != Some(place.batch) {
+            let batch = usize::try_from(place.batch)
+                .ok()
+                .and_then(|batch| self.batches.get(batch));
+            let batch = *batch.ok_or_else(damaged)?;
+            let data = self.read(batch.offset, batch.compressed)?;
+            self.records = self.decompressor.decompress(&data, batch.length)?;
+            self.loaded = Some(place.batch);
+        }
+        let start = usize::try_from(place.start).map_err(io::Error::other)?;
+        let (length, rest) = self
+            .records
+            .get(start..)
+            .and_then(|rest| rest.split_first_chunk())
+            .ok_or_else(damaged)?;
+        let length = usize::try_from(u32::from_le_bytes(*length)).map_err(io::Error::other)?;
+        let record = rest.get(..length).ok_or_else(damaged)?;
+        postcard::from_bytes(record).map_err(io::Error::other)
     }
 }
 
@@ -126,10 +187,11 @@ mod tests {
     fn what_was_appended_is_read_back_in_any_order() {
         let record = |index: u32| Record {
             headers: vec![u8::try_from(index % 251).unwrap(); 1024],
-            json: vec![format!("{{\"name\":\"{index}\"")],
-            uid: index,
-            user_name: "me".into(),
-            chunks: vec![(u64::from(index), 3)],
+            size: u64::from(index),
+            chunks: vec![Chunk {
+                size: u64::from(index),
+                ..Chunk::default()
+            }],
             ..Record::default()
         };
         let mut spool = Spool::new(tempfile::tempfile().unwrap()).unwrap();
@@ -147,7 +209,7 @@ mod tests {
                     spool.read_record(*place).unwrap(),
                     record(u32::try_from(index).unwrap())
                 );
-                assert_eq!(spool.read(*start, data.len() as u64).unwrap(), *data);
+                assert_eq!(spool.read(*start, data.len()).unwrap(), *data);
             }
         }
         assert!(spool.read(u64::from(u32::MAX), 1).is_err());

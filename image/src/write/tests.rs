@@ -115,7 +115,7 @@ fn check(blob: &[u8], written: &Written) {
     let mut entries = list(&tar);
     let (last, json) = entries.pop().unwrap();
     assert_eq!((last.name.as_ref(), json), (TOC_NAME.as_bytes(), toc.json));
-    entries.retain(|(entry, _)| !crate::estargz::is_reserved(&entry.path));
+    entries.retain(|(entry, _)| !crate::estargz::is_reserved(entry.path.as_bytes()));
     assert_eq!(entries.len() as u64, written.entries);
     assert_eq!(entries.len(), index.entries.len());
     for ((entry, content), indexed) in entries.iter().zip(&index.entries) {
@@ -412,7 +412,7 @@ fn headers_stay_as_they_were() {
     let headers = |tar: &[u8]| -> Vec<Vec<u8>> {
         list(tar)
             .into_iter()
-            .filter(|(entry, _)| !crate::estargz::is_reserved(&entry.path))
+            .filter(|(entry, _)| !crate::estargz::is_reserved(entry.path.as_bytes()))
             .map(|(entry, _)| entry.raw_headers)
             .collect()
     };

@@ -1,0 +1,206 @@
+//! The compressors, one of each per thread, and the names under which they stand in an annotation.
+//!
+//! Streams carry neither time nor name, and every call starts from nothing: equal data gives equal bytes.
+
+use std::io;
+
+use libdeflater::{CompressionLvl, Compressor, Decompressor};
+
+use super::WriteError;
+
+/// Version of libdeflate, which [`libdeflater`] contains: its minor version is the library's.
+const LIBDEFLATE: &str = "1.26";
+/// Version of zlib-rs, which compresses the TOC of eStargz.
+const ZLIB_RS: &str = "0.6.8";
+/// Highest level of libdeflate.
+pub(super) const GZIP_LEVEL_MAX: i32 = 12;
+/// Highest level of zstd.
+pub(super) const ZSTD_LEVEL_MAX: i32 = 22;
+/// Level from which on zstd takes about 100 MB per thread.
+const ZSTD_LEVEL_LARGE: i32 = 16;
+
+/// How bytes are compressed.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Coding {
+    /// Gzip members.
+    Gzip(CompressionLvl, i32),
+    /// Zstd frames.
+    Zstd(i32),
+    /// Not at all.
+    Plain,
+}
+
+impl Coding {
+    pub(super) fn gzip(level: i32) -> Result<Self, WriteError> {
+        let out_of_range = || WriteError::Level {
+            level,
+            max: GZIP_LEVEL_MAX,
+        };
+        match level {
+            1..=GZIP_LEVEL_MAX => CompressionLvl::new(level)
+                .map(|checked| Self::Gzip(checked, level))
+                .map_err(|_| out_of_range()),
+            _ => Err(out_of_range()),
+        }
+    }
+
+    pub(super) fn zstd(level: i32) -> Result<Self, WriteError> {
+        match level {
+            1..=ZSTD_LEVEL_MAX => Ok(Self::Zstd(level)),
+            _ => Err(WriteError::Level {
+                level,
+                max: ZSTD_LEVEL_MAX,
+            }),
+        }
+    }
+
+    /// Most threads that compress this way: memory is to stay below 256 MiB.
+    pub(super) fn threads_max(self) -> usize {
+        match self {
+            Self::Zstd(ZSTD_LEVEL_MAX) => 1,
+            Self::Zstd(ZSTD_LEVEL_LARGE..) => 2,
+            _ => usize::MAX,
+        }
+    }
+
+    /// Compressor, version and level; `None` where nothing is compressed.
+    pub(super) fn name(self, has_gzip_toc: bool) -> Option<String> {
+        match self {
+            Self::Gzip(_, level) if has_gzip_toc => {
+                let toc = super::sink::GZIP_TOC_LEVEL;
+                Some(format!(
+                    "libdeflate {LIBDEFLATE} level {level}, TOC zlib-rs {ZLIB_RS} level {toc}"
+                ))
+            }
+            Self::Gzip(_, level) => Some(format!("libdeflate {LIBDEFLATE} level {level}")),
+            Self::Zstd(level) => Some(format!(
+                "zstd {} level {level}",
+                zstd::zstd_safe::version_string()
+            )),
+            Self::Plain => None,
+        }
+    }
+
+    pub(super) fn start(self) -> io::Result<Coder> {
+        Ok(match self {
+            Self::Gzip(level, _) => Coder::Gzip(Compressor::new(level), Vec::new()),
+            Self::Zstd(level) => Coder::Zstd(zstd::bulk::Compressor::new(level)?, Vec::new()),
+            Self::Plain => Coder::Plain,
+        })
+    }
+
+    pub(super) fn start_undoing(self) -> io::Result<Undo> {
+        Ok(match self {
+            Self::Gzip(..) => Undo::Gzip(Decompressor::new()),
+            Self::Zstd(_) => Undo::Zstd(zstd::bulk::Decompressor::new()?),
+            Self::Plain => Undo::Plain,
+        })
+    }
+}
+
+/// A compressor with room for its output.
+pub(super) enum Coder {
+    Gzip(Compressor, Vec<u8>),
+    Zstd(zstd::bulk::Compressor<'static>, Vec<u8>),
+    Plain,
+}
+
+impl Coder {
+    /// Appends `data` to `out` as one gzip member (libdeflate writes a fixed header: no time, no name, operating system 255) or
+    /// one zstd frame.
+    pub(super) fn append(&mut self, data: &[u8], out: &mut Vec<u8>) -> io::Result<()> {
+        match self {
+            Self::Gzip(compressor, room) => {
+                let bound = compressor.gzip_compress_bound(data.len());
+                if room.len() < bound {
+                    room.resize(bound, 0);
+                }
+                let length = compressor
+                    .gzip_compress(data, room)
+                    .map_err(|_| io::Error::other("libdeflate needs more than it said"))?;
+                out.extend_from_slice(room.get(..length).unwrap_or_default());
+            }
+            Self::Zstd(compressor, room) => {
+                room.clear();
+                room.reserve(zstd::compress_bound(data.len()));
+                compressor.compress_to_buffer(data, room)?;
+                out.extend_from_slice(room);
+            }
+            Self::Plain => out.extend_from_slice(data),
+        }
+        Ok(())
+    }
+}
+
+/// The other way.
+pub(super) enum Undo {
+    Gzip(Decompressor),
+    Zstd(zstd::bulk::Decompressor<'static>),
+    Plain,
+}
+
+impl Undo {
+    /// Appends the `size` bytes that `data` holds to `out`; `false` if it holds something else.
+    pub(super) fn append(&mut self, data: &[u8], size: usize, out: &mut Vec<u8>) -> bool {
+        let start = out.len();
+        out.resize(start + size, 0);
+        let room = out.get_mut(start..).unwrap_or_default();
+        match self {
+            Self::Gzip(decompressor) => decompressor.gzip_decompress(data, room) == Ok(size),
+            Self::Zstd(decompressor) => decompressor
+                .decompress_to_buffer(data, room)
+                .is_ok_and(|length| length == size),
+            Self::Plain if data.len() == size => {
+                room.copy_from_slice(data);
+                true
+            }
+            Self::Plain => false,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What the workspace is built with.
+    fn locked(package: &str) -> String {
+        let lock = include_str!("../../../Cargo.lock");
+        let at = lock.find(&format!("name = \"{package}\"\n")).unwrap();
+        let version = lock[at..].split("version = \"").nth(1).unwrap();
+        version.split('"').next().unwrap().to_owned()
+    }
+
+    #[test]
+    fn the_annotation_names_what_was_built() {
+        assert!(locked("libdeflate-sys").starts_with(&format!("{LIBDEFLATE}.")));
+        assert_eq!(locked("zlib-rs"), ZLIB_RS);
+        assert!(locked("zstd-sys").ends_with(&format!("+zstd.{}", zstd::zstd_safe::version_string())));
+        let names = [
+            (Coding::gzip(7).unwrap().name(false), "libdeflate 1.26 level 7"),
+            (
+                Coding::gzip(7).unwrap().name(true),
+                "libdeflate 1.26 level 7, TOC zlib-rs 0.6.8 level 6",
+            ),
+            (Coding::zstd(3).unwrap().name(false), "zstd 1.5.7 level 3"),
+        ];
+        for (name, expected) in names {
+            assert_eq!(name.as_deref(), Some(expected));
+        }
+    }
+
+    #[test]
+    fn what_was_compressed_comes_back() {
+        let data = b"some text, some text, some other text".repeat(100);
+        for coding in [Coding::gzip(1).unwrap(), Coding::zstd(19).unwrap(), Coding::Plain] {
+            let (mut coder, mut undo) = (coding.start().unwrap(), coding.start_undoing().unwrap());
+            for data in [&data[..], b"", b"x"] {
+                let (mut packed, mut out) = (b"before".to_vec(), b"before".to_vec());
+                coder.append(data, &mut packed).unwrap();
+                assert!(undo.append(&packed[6..], data.len(), &mut out));
+                assert_eq!(out[6..], *data);
+                assert!(!undo.append(&packed[6..], data.len() + 1, &mut out));
+            }
+        }
+    }
+}
