@@ -218,7 +218,7 @@ impl Shared<'_> {
     async fn again(&self, blob: &Blob, job: &Job, made: &Made) -> anyhow::Result<Option<Done>> {
         let digest: Digest = made.descriptor.digest().to_string().parse()?;
         let size = made.descriptor.size();
-        if keeps_tar(self.settings.format, &job.first) && made.diff_id != job.diff_id {
+        if keeps_tar(self.settings.format, job) && made.diff_id != job.diff_id {
             return Ok(None);
         }
         let toc = match (self.settings.format, self.earlier.toc(&digest)) {
@@ -289,14 +289,14 @@ impl Shared<'_> {
         recipe: Digest,
         counted: &Arc<AtomicU64>,
     ) -> anyhow::Result<Done> {
-        let keeps_tar = keeps_tar(options.format, &job.first);
+        let hash = !keeps_tar(options.format, job);
         let mut upload = self.target.begin_blob().await?;
         let compressed = layers::reader(blob, &Handle::current()).await?;
         let compressed = Counted::new(compressed, Arc::clone(&self.progress), Arc::clone(counted));
         let (sink, pieces) = stream::sink();
         let writing = {
             let options = options.clone();
-            tokio::task::spawn_blocking(move || stream::write(compressed, sink, &options, keeps_tar))
+            tokio::task::spawn_blocking(move || stream::write(compressed, sink, &options, hash))
         };
         let sent = forward(&mut upload, pieces).await;
         let written = writing.await.context("conversion thread")?;
@@ -312,7 +312,12 @@ impl Shared<'_> {
                 return Err(error);
             }
         };
-        let found = source_diff_id.unwrap_or(written.diff_id);
+        let found = match source_diff_id {
+            Some(found) => found,
+            None if written.diff_id == job.diff_id => written.diff_id,
+            // The layer was rewritten by an earlier conversion, which nothing told, or it is not what it should be.
+            None => diff_id(blob).await?,
+        };
         if found != job.diff_id {
             upload.abort().await;
             bail!(
@@ -376,12 +381,23 @@ async fn forward(
     Ok(())
 }
 
-/// Whether the written layer uncompresses to the very bytes that were read, so that both have one DiffID.
-fn keeps_tar(format: Format, first: &[EntryPath]) -> bool {
+/// sha256 of the uncompressed layer.
+async fn diff_id(blob: &Blob) -> anyhow::Result<Digest> {
+    let compressed = layers::reader(blob, &Handle::current()).await?;
+    let hashing = tokio::task::spawn_blocking(move || stream::diff_id(compressed));
+    hashing.await.context("hashing thread")?
+}
+
+/// Whether the written layer should uncompress to the very bytes that are read, so that one DiffID tells about both. What lazy
+/// formats have added to a layer is taken out again, so their layers are not kept to the byte.
+fn keeps_tar(format: Format, job: &Job) -> bool {
+    let rewritten = layers::annotation(&job.descriptor, annotations::TOC_DIGEST).is_some();
     match format {
         Format::Estargz { keep_diff_id, .. } => keep_diff_id,
-        Format::ZstdChunked { dialect, .. } => dialect == Dialect::Podman && first.is_empty(),
-        Format::Gzip { .. } | Format::Zstd { .. } | Format::Plain => true,
+        Format::ZstdChunked { dialect, .. } => {
+            dialect == Dialect::Podman && job.first.is_empty() && !rewritten
+        }
+        Format::Gzip { .. } | Format::Zstd { .. } | Format::Plain => !rewritten,
     }
 }
 

@@ -130,24 +130,32 @@ impl Read for Inflated {
     }
 }
 
-/// Decompresses a layer and writes it anew into `sink`. Also gives the sha256 of the stream that was read; `None` if the
-/// format keeps that stream and so has the same DiffID (`keeps_tar`). Blocks.
+/// Decompresses a layer and writes it anew into `sink`. With `hash` it also gives the sha256 of the stream that was read; formats that
+/// keep that stream have hashed it already. Blocks.
 pub fn write(
     compressed: impl Read + Send + 'static,
     mut sink: Sink,
     options: &Options,
-    keeps_tar: bool,
+    hash: bool,
 ) -> anyhow::Result<(Written, Option<Digest>)> {
     let dir = temporary_directory();
     // Without a name, so that nothing is left when this process is killed.
     let spool = tempfile::tempfile_in(&dir)
         .with_context(|| format!("temporary file in {}; TMPDIR names another place", dir.display()))?;
-    let mut tar = Inflated::start(compressed, !keeps_tar).context("thread")?;
+    let mut tar = Inflated::start(compressed, hash).context("thread")?;
     let written = write::write(&mut tar, spool, &mut sink, options)?;
     sink.flush().context("upload")?;
     // The digest is that of the whole stream, whatever the writer needed of it.
     io::copy(&mut tar, &mut io::sink()).context("rest of the layer")?;
     Ok((written, tar.hasher.map(Hasher::finish)))
+}
+
+/// sha256 of the uncompressed stream. Blocks.
+pub fn diff_id(compressed: impl Read + Send + 'static) -> anyhow::Result<Digest> {
+    let mut tar = Inflated::start(compressed, true).context("thread")?;
+    io::copy(&mut tar, &mut io::sink())?;
+    let hasher = tar.hasher.take().context("hasher")?;
+    Ok(hasher.finish())
 }
 
 /// Where chunks wait for the order of their files: like Podman's, a place that is not memory.
@@ -223,7 +231,7 @@ mod tests {
             }
             blob
         });
-        let (written, source) = write(Cursor::new(tar.clone()), sink, &Options::default(), false).unwrap();
+        let (written, source) = write(Cursor::new(tar.clone()), sink, &Options::default(), true).unwrap();
         let blob = reader.join().unwrap();
         assert_eq!(source, Some(Digest::of(&tar)));
         assert_eq!(
@@ -236,7 +244,7 @@ mod tests {
     fn an_upload_that_ends_stops_the_writer() {
         let (sink, pieces) = sink();
         drop(pieces);
-        let error = write(Cursor::new(tar()), sink, &Options::default(), false).unwrap_err();
+        let error = write(Cursor::new(tar()), sink, &Options::default(), true).unwrap_err();
         assert!(format!("{error:#}").contains("the upload has ended"), "{error:#}");
     }
 
@@ -245,6 +253,6 @@ mod tests {
         let mut tar = tar();
         tar.truncate(1_000_000);
         let (sink, _pieces) = sink();
-        assert!(write(Cursor::new(tar), sink, &Options::default(), false).is_err());
+        assert!(write(Cursor::new(tar), sink, &Options::default(), true).is_err());
     }
 }
