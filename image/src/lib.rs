@@ -6,6 +6,7 @@
 //! * [`tar_split`]: a tar stream without its contents, and made again from them.
 //! * [`estargz`]: footers and TOC. * [`mod@write`]: layers written in every format.
 //! * [`tree`]: layers merged into one file tree (whiteouts applied).
+//! * [`views`]: what a TOC and what a tar stream say of one layer, compared.
 //! * [`profile`]: what an image touched while it started.
 //! * [`annotations`], [`media`]: names that stand in manifests.
 //!
@@ -23,6 +24,7 @@ pub mod profile;
 pub mod tar;
 pub mod tar_split;
 pub mod tree;
+pub mod views;
 pub mod write;
 
 pub use digest::{Digest, Hasher};
