@@ -30,7 +30,7 @@ use peel_image::write::Format;
 use peel_image::{Digest, media};
 use peel_registry::{ClientOptions, ImageName, ResolvedImage, Source, Target};
 
-use earlier::Earlier;
+use earlier::{Earlier, MadeImage};
 use layer::{Done, Job, Shared};
 pub use layer::{How, LayerOutcome};
 use manifest::{Instance, NewLayer};
@@ -168,6 +168,7 @@ impl Jobs {
                     layers.len()
                 );
             }
+            let plan = earlier::plan_digest(&part.plan);
             let mut of_part = Vec::new();
             for (position, (descriptor, diff_id)) in layers.iter().zip(diff_ids).enumerate() {
                 let first: Vec<_> = part
@@ -175,17 +176,21 @@ impl Jobs {
                     .of_layer(position)
                     .map(|file| file.path.clone())
                     .collect();
+                let plan = (!first.is_empty()).then_some(plan);
                 let same = (
                     descriptor.digest().to_string(),
                     descriptor.media_type().to_string(),
                     diff_id,
                     first.clone(),
+                    plan,
                 );
                 let number = *known.entry(same).or_insert_with(|| {
                     all.jobs.push(Job {
                         descriptor: descriptor.clone(),
                         diff_id,
                         first,
+                        plan,
+                        again: true,
                     });
                     all.jobs.len() - 1
                 });
@@ -194,6 +199,24 @@ impl Jobs {
             all.of_parts.push(of_part);
         }
         Ok(all)
+    }
+
+    /// The orders of images that an earlier conversion made in the same way; layers with files that come first in other images are not
+    /// used again, because it is not known any more where those files end.
+    fn orders(&mut self, settings: &Settings, earlier: &Earlier) -> Vec<Option<MadeImage>> {
+        let mut orders = Vec::new();
+        for numbers in &self.of_parts {
+            let jobs = numbers.iter().filter_map(|number| self.jobs.get(*number));
+            let keys: Option<Vec<_>> = jobs.map(|job| job.key(settings)).collect();
+            let made = keys.and_then(|keys| earlier.image(&keys)).cloned();
+            for number in numbers.iter().filter(|_| made.is_none()) {
+                if let Some(job) = self.jobs.get_mut(*number) {
+                    job.again &= job.first.is_empty();
+                }
+            }
+            orders.push(made);
+        }
+        orders
     }
 }
 
@@ -208,11 +231,12 @@ impl Conversion<'_> {
         for part in self.parts {
             configs.push(self.source.config(&part.image).await?.0);
         }
-        let jobs = Jobs::new(self.parts, &configs)?;
+        let mut jobs = Jobs::new(self.parts, &configs)?;
         let earlier = match self.settings.earlier {
             true => Earlier::load(self.target, beside.as_ref(), self.client).await,
             false => Earlier::default(),
         };
+        let orders = jobs.orders(&self.settings, &earlier);
         let target = Target::open(self.target, self.client).await?;
         let shared = Shared {
             source: self.source,
@@ -231,9 +255,15 @@ impl Conversion<'_> {
         };
         let mut images = Vec::new();
         let mut instances = Vec::new();
-        for ((part, config), numbers) in self.parts.iter().zip(&configs).zip(&jobs.of_parts) {
+        for (((part, config), numbers), made) in
+            self.parts.iter().zip(&configs).zip(&jobs.of_parts).zip(orders)
+        {
             let layers: Vec<&Done> = numbers.iter().filter_map(|number| done.get(*number)).collect();
-            let (manifest_digest, size) = push_image(&target, part, config, &layers).await?;
+            let order = match made {
+                Some(made) if layers.iter().map(|layer| &layer.new.digest).eq(&made.layers) => made.order,
+                _ => order(&part.plan, &layers),
+            };
+            let (manifest_digest, size) = push_image(&target, part, config, &layers, order).await?;
             if let Some(position) = part.position {
                 instances.push(Instance {
                     position,
@@ -296,10 +326,10 @@ async fn push_image(
     part: &Part,
     config: &[u8],
     layers: &[&Done],
+    order: Option<String>,
 ) -> anyhow::Result<(Digest, u64)> {
     let new: Vec<NewLayer> = layers.iter().map(|layer| layer.new.clone()).collect();
     let config = manifest::config(config, &new)?;
-    let order = order(&part.plan, layers);
     let manifest = manifest::manifest(&part.image.manifest_bytes, &config, &new, order)?;
     target.push_bytes(config.into()).await?;
     let size = manifest.len() as u64;

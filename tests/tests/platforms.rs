@@ -154,7 +154,12 @@ fn all_platforms_are_an_index() {
             registry.content().manifest("multi", "v1").unwrap().digest,
         )
     };
-    for (flags, zstd) in [(vec!["--all-platforms"], false)] {
+    for (flags, zstd) in [
+        (vec!["--all-platforms"], false),
+        (vec!["--all-platforms", "--zstdchunked"], true),
+        (vec!["--all-platforms", "--zstd"], true),
+        (vec!["--all-platforms", "--estargz-external-toc"], false),
+    ] {
         let (media_type, index) = convert(&world, &registry, &flags, "all");
         assert_eq!(media_type, media::OCI_INDEX);
         assert_eq!(platforms(&index), ["arm", ARCHITECTURES[0], ARCHITECTURES[1]]);

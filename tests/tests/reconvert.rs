@@ -101,10 +101,17 @@ fn a_second_conversion_moves_no_layer_and_gives_the_same_image() {
 }
 
 /// One of each format, with files that come first where the format has an order.
-const FORMATS: [&str; 3] = [
+const FORMATS: [&str; 10] = [
     "--estargz",
     "--estargz-record-in RECORD",
     "--estargz-chunk-size 65536 --estargz-compression-level 3",
+    "--estargz-min-chunk-size 50000",
+    "--estargz-external-toc",
+    "--zstdchunked",
+    "--zstdchunked --dialect stargz --zstdchunked-chunk-size 65536",
+    "--gzip",
+    "--zstd --zstd-compression-level 5",
+    "--uncompress",
 ];
 
 #[test]

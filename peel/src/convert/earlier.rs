@@ -2,7 +2,9 @@
 //! without reading, converting or sending anything.
 //!
 //! Every converted descriptor says what it was made of ([`SOURCE`]) and how ([`RECIPE`]). The writers give the same bytes for the
-//! same input and options, so a layer that agrees in both is what a conversion would make. That an earlier image tells the truth
+//! same input and options, so a layer that agrees in both is what a conversion would make. Where its prioritized files end is
+//! not kept, only the order that was made of that for the whole image; so layers with such files are used again only together
+//! with all others of their image. That an earlier image tells the truth
 //! is taken on trust: whoever can write to the target could as well replace what is written now. `--reconvert` trusts
 //! nothing.
 
@@ -10,9 +12,10 @@ use std::collections::HashMap;
 
 use oci_spec::image::{Descriptor, ImageManifest};
 use peel_image::write::{Dialect, Format, Options};
-use peel_image::{Digest, Hasher};
+use peel_image::{Digest, Hasher, annotations};
 use peel_registry::{ClientOptions, Error, ImageName, ResolvedImage, Source};
 
+use super::plan::Plan;
 use super::toc_image;
 use crate::layers;
 
@@ -25,11 +28,14 @@ pub const RECIPE: &str = "dev.peel.source.options";
 /// Most images of the target's index that are looked at.
 const IMAGES_MAX: usize = 64;
 
+/// What a layer was made of, and how.
+pub type Key = (Digest, Digest);
+
 /// What the target's name holds.
 #[derive(Debug, Default)]
 pub struct Earlier {
-    source: Option<Source>,
-    layers: HashMap<(Digest, Digest), Made>,
+    layers: HashMap<Key, Made>,
+    images: Vec<MadeImage>,
     /// The tables of contents beside it, by the layer that each belongs to.
     tocs: HashMap<Digest, Descriptor>,
 }
@@ -41,6 +47,16 @@ pub struct Made {
     pub descriptor: Descriptor,
     /// Its DiffID.
     pub diff_id: Digest,
+}
+
+/// An image that was made earlier.
+#[derive(Debug, Clone)]
+pub struct MadeImage {
+    keys: Vec<Key>,
+    /// Digests of its layers.
+    pub layers: Vec<Digest>,
+    /// The order in which a start reads across its layers.
+    pub order: Option<String>,
 }
 
 impl Earlier {
@@ -78,7 +94,6 @@ impl Earlier {
                 tracing::debug!(%error, image = %image.manifest_digest, "not used again");
             }
         }
-        self.source = Some(source);
         Ok(())
     }
 
@@ -88,11 +103,26 @@ impl Earlier {
         if diff_ids.len() != image.manifest.layers().len() {
             return Ok(());
         }
+        let mut keys = Vec::new();
+        let mut digests: Vec<Digest> = Vec::new();
         for (descriptor, diff_id) in image.manifest.layers().iter().zip(diff_ids) {
-            if let Some(key) = key(descriptor) {
+            if let (Some(key), Ok(digest)) = (key(descriptor), descriptor.digest().to_string().parse()) {
                 let descriptor = descriptor.clone();
                 self.layers.insert(key, Made { descriptor, diff_id });
+                keys.push(key);
+                digests.push(digest);
             }
+        }
+        let order = image.manifest.annotations().as_ref();
+        let order = order
+            .and_then(|all| all.get(annotations::PREFETCH_ORDER))
+            .cloned();
+        if keys.len() == image.manifest.layers().len() {
+            self.images.push(MadeImage {
+                keys,
+                layers: digests,
+                order,
+            });
         }
         Ok(())
     }
@@ -118,31 +148,49 @@ impl Earlier {
         self.tocs.get(layer)
     }
 
-    /// Where the earlier image can be read.
-    pub fn source(&self) -> Option<&Source> {
-        self.source.as_ref()
+    /// The image all of whose layers were made so.
+    pub fn image(&self, keys: &[Key]) -> Option<&MadeImage> {
+        self.images.iter().find(|image| image.keys == keys)
     }
 }
 
 /// What a layer was made of and how, if it says so.
-fn key(descriptor: &Descriptor) -> Option<(Digest, Digest)> {
+fn key(descriptor: &Descriptor) -> Option<Key> {
     let digest = |name| layers::annotation(descriptor, name)?.parse().ok();
     Some((digest(SOURCE)?, digest(RECIPE)?))
 }
 
-/// A digest of all that decides what a layer is made into, apart from the layer itself.
-pub fn recipe(options: &Options) -> Digest {
+/// A digest of all that decides what a layer is made into, apart from the layer itself. `plan` is that of the whole image, if files of
+/// this layer come first.
+pub fn recipe(options: &Options, plan: Option<Digest>) -> Digest {
     let mut hasher = Hasher::new();
-    let version = env!("CARGO_PKG_VERSION");
     let how = format!(
-        "peel {version}\n{}\n{:?}\n",
+        "peel {}\n{}\n{}\n{:?}\n",
+        env!("CARGO_PKG_VERSION"),
+        options.format.compressor().unwrap_or_default(),
         format_text(options.format),
         options.orphans
     );
     hasher.update(how.as_bytes());
+    if let Some(plan) = plan {
+        hasher.update(plan.as_bytes());
+    }
     for path in &options.prioritized {
         hasher.update(format!("{} ", path.len()).as_bytes());
         hasher.update(path);
+    }
+    hasher.finish()
+}
+
+/// A digest of the order of all files of a plan.
+pub fn plan_digest(plan: &Plan) -> Digest {
+    let mut hasher = Hasher::new();
+    for file in &plan.files {
+        for path in [&file.path, &file.content] {
+            let path = path.as_bytes();
+            hasher.update(format!("{} {} ", file.layer, path.len()).as_bytes());
+            hasher.update(path);
+        }
     }
     hasher.finish()
 }
@@ -202,12 +250,25 @@ mod tests {
             first(&["ab"]),
             first(&["a 1 b"]),
         ];
-        let recipes: std::collections::HashSet<Digest> = all.iter().map(recipe).collect();
+        let recipes: std::collections::HashSet<Digest> =
+            all.iter().map(|options| recipe(options, None)).collect();
         assert_eq!(recipes.len(), all.len());
+        let planned = |paths: &[&str]| {
+            let paths: Vec<_> = paths
+                .iter()
+                .map(|path| peel_image::path::EntryPath::clean(path.as_bytes()).unwrap())
+                .collect();
+            recipe(
+                &first(&["a"]),
+                Some(plan_digest(&Plan::for_every_layer(&paths, 2))),
+            )
+        };
+        assert_ne!(planned(&["a", "b"]), planned(&["b", "a"]));
+        assert_eq!(planned(&["a", "b"]), planned(&["a", "b"]));
         let threads = Options {
             threads: 1,
             ..Options::default()
         };
-        assert_eq!(recipe(&threads), recipe(&Options::default()));
+        assert_eq!(recipe(&threads, None), recipe(&Options::default(), None));
     }
 }

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use anyhow::{Context, bail};
 use bytes::Bytes;
 use oci_spec::image::Descriptor;
-use peel_image::layer::{ChunkSource, Encoding, EntryKind, LayerIndex};
+use peel_image::layer::Encoding;
 use peel_image::path::EntryPath;
 use peel_image::write::order::Orphans;
 use peel_image::write::{Dialect, Format, Options, Written};
@@ -36,6 +36,28 @@ pub(super) struct Job {
     pub(super) diff_id: Digest,
     /// Files that come first.
     pub(super) first: Vec<EntryPath>,
+    /// Digest of the plan that they are part of; `None` without such files.
+    pub(super) plan: Option<Digest>,
+    /// Whether an earlier conversion's layer may be used.
+    pub(super) again: bool,
+}
+
+impl Job {
+    fn options(&self, settings: &Settings) -> Options {
+        Options {
+            format: settings.format,
+            prioritized: self.first.iter().map(|path| path.as_bytes().to_vec()).collect(),
+            // Many builders leave parent directories out of upper layers; their files must come first all the same.
+            orphans: Orphans::Move,
+            threads: settings.threads,
+        }
+    }
+
+    /// What the layer is made of, and how.
+    pub(super) fn key(&self, settings: &Settings) -> Option<earlier::Key> {
+        let source = self.descriptor.digest().to_string().parse().ok()?;
+        Some((source, earlier::recipe(&self.options(settings), self.plan)))
+    }
 }
 
 /// What every layer of a conversion needs.
@@ -108,15 +130,10 @@ impl Shared<'_> {
         {
             return self.keep(&blob, job, encoding, annotations).await;
         }
-        let options = Options {
-            format: self.settings.format,
-            prioritized: job.first.iter().map(|path| path.as_bytes().to_vec()).collect(),
-            // Many builders leave parent directories out of upper layers; their files must come first all the same.
-            orphans: Orphans::Move,
-            threads: self.settings.threads,
-        };
-        let recipe = earlier::recipe(&options);
-        if let Some(made) = self.earlier.layer(blob.digest(), recipe)
+        let options = job.options(self.settings);
+        let recipe = earlier::recipe(&options, job.plan);
+        if job.again
+            && let Some(made) = self.earlier.layer(blob.digest(), recipe)
             && let Some(done) = self.again(&blob, job, made).await?
         {
             return Ok(done);
@@ -246,14 +263,6 @@ impl Shared<'_> {
             }
             _ => None,
         };
-        let ends = match job.first.is_empty() {
-            true => HashMap::new(),
-            // The order across layers needs to know where each file ends, which only the table of contents says.
-            false => match self.ends(made).await {
-                Some(ends) => ends,
-                None => return Ok(None),
-            },
-        };
         if !self.target.has_blob(&digest, size).await? {
             return Ok(None);
         }
@@ -265,19 +274,10 @@ impl Shared<'_> {
             media_type: made.descriptor.media_type().to_string(),
             annotations: manifest::of_the_blob(&made.descriptor),
         };
-        let found = job.first.iter().filter(|path| ends.contains_key(path)).count();
         Ok(Some(Done {
-            ends,
             toc,
-            ..self.done(blob, new, How::Reused, false, found)
+            ..self.done(blob, new, How::Reused, false, job.first.len())
         }))
-    }
-
-    /// Where the files of an earlier layer end in its blob.
-    async fn ends(&self, made: &Made) -> Option<HashMap<EntryPath, u64>> {
-        let blob = self.earlier.source()?.blob(&made.descriptor).ok()?;
-        let examined = layers::examine(&blob, &made.descriptor).await.ok()?;
-        Some(chunk_ends(&examined.index.ok()?))
     }
 
     /// Makes a layer and sends it meanwhile.
@@ -425,30 +425,4 @@ fn is_asked_for(examined: &layers::Examined, format: Format) -> bool {
     examined.format == wanted
         && matches!(examined.toc, layers::TocState::Verified { .. })
         && examined.index.is_ok()
-}
-
-/// Where each file ends in the blob.
-fn chunk_ends(index: &LayerIndex) -> HashMap<EntryPath, u64> {
-    let end_of = |kind: &EntryKind| {
-        let EntryKind::Regular(content) = kind else {
-            return None;
-        };
-        content.chunks.iter().filter_map(|chunk| end(&chunk.source)).max()
-    };
-    index
-        .entries
-        .iter()
-        .filter_map(|entry| Some((entry.path.clone(), end_of(&entry.kind)?)))
-        .collect()
-}
-
-fn end(source: &ChunkSource) -> Option<u64> {
-    match source {
-        ChunkSource::Blob {
-            offset,
-            compressed_size,
-            ..
-        } => offset.checked_add(*compressed_size),
-        ChunkSource::Zeros => None,
-    }
 }
