@@ -1,5 +1,6 @@
 //! What the tests of this module share: the layers that upstream's tools made, and a plain way to decode a chunk.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use serde_json::Value;
@@ -15,6 +16,8 @@ pub(crate) struct VectorLayer {
     pub(crate) blob: Vec<u8>,
     /// The digest of its annotation; that of nothing where there is no annotation.
     pub(crate) toc_digest: Digest,
+    /// All annotations of its descriptor.
+    pub(crate) annotations: BTreeMap<String, String>,
 }
 
 impl VectorLayer {
@@ -59,6 +62,12 @@ pub(crate) fn layers(tag: &str) -> Vec<VectorLayer> {
         manifest = serde_json::from_slice(&blob(&platform["digest"])).unwrap();
     }
     let layer = |layer: &Value| VectorLayer {
+        annotations: layer["annotations"]
+            .as_object()
+            .into_iter()
+            .flatten()
+            .map(|(name, value)| (name.clone(), value.as_str().unwrap().to_owned()))
+            .collect(),
         blob: blob(&layer["digest"]),
         toc_digest: layer["annotations"][TOC_DIGEST]
             .as_str()

@@ -288,13 +288,17 @@ struct Assembly<'s, S, W> {
 impl<S: Read + Seek, W: Write> Assembly<'_, S, W> {
     fn add(&mut self, place: Place, role: Role) -> Result<(), WriteError> {
         let mut record = self.spool.read_record(place).map_err(WriteError::Spool)?;
+        let entry = record.describe()?;
+        if entry.as_ref().is_some_and(|entry| entry.is_regular()) && record.size == 0 {
+            record.digest = Some(Digest::EMPTY);
+        }
         let headers = std::mem::take(&mut record.headers);
         let after = record.padding.take();
         let after = after.as_deref().unwrap_or_else(|| padding(record.size));
         let chunks = record.chunks.clone();
-        self.split(&headers, &record, after)?;
+        self.split(&headers, entry.as_deref(), &record, after)?;
         self.headers.extend_from_slice(&headers);
-        if let Some(entry) = record.entry.take() {
+        if let Some(entry) = entry {
             // First of all: the first chunks of a large file may be placed before its last ones are handed out.
             self.waiting.push_back(Waiting {
                 entry,
@@ -342,12 +346,18 @@ impl<S: Read + Seek, W: Write> Assembly<'_, S, W> {
     }
 
     /// Tells the tar-split data of an entry.
-    fn split(&mut self, headers: &[u8], record: &Record, after: &[u8]) -> Result<(), WriteError> {
+    fn split(
+        &mut self,
+        headers: &[u8],
+        entry: Option<&Entry>,
+        record: &Record,
+        after: &[u8],
+    ) -> Result<(), WriteError> {
         if !self.settings.split_file {
             return Ok(());
         }
         self.gap.extend_from_slice(headers);
-        if let Some(entry) = &record.entry {
+        if let Some(entry) = entry {
             self.end_gap()?;
             let message = Message::File {
                 name: entry.name.clone(),
@@ -355,7 +365,7 @@ impl<S: Read + Seek, W: Write> Assembly<'_, S, W> {
                 crc64: record.crc64,
             };
             self.messages.send(message).map_err(|_| WriteError::ThreadLost)?;
-        } else if self.gap.len() >= HEADERS_PER_STREAM {
+        } else {
             self.end_gap()?;
         }
         self.gap.extend_from_slice(after);

@@ -16,7 +16,7 @@ use super::rolling::{Cut, Splitter};
 use super::spool::{Place, Spool};
 use super::tape::{self, Recording};
 use super::{Settings, Split, WriteError};
-use crate::digest::{Digest, Hasher};
+use crate::digest::Hasher;
 use crate::estargz::index::RECORDS_MAX;
 use crate::estargz::{LANDMARK_CONTENT, TOC_NAME, is_reserved};
 use crate::layer::Metadata;
@@ -164,11 +164,7 @@ impl<S: Read + Write + Seek> Running<'_, S> {
             user_name: b"",
             group_name: b"",
         })?;
-        let entry = Entry {
-            name: name.to_owned(),
-            ..Entry::default()
-        };
-        self.begin(headers, Some(entry), size)?;
+        self.begin(headers, About::Headers, size)?;
         self.read_content(size, &mut LANDMARK_CONTENT.as_slice(), name.as_bytes())?;
         self.end(padding(size))?;
         Ok(true)
@@ -234,17 +230,19 @@ impl<S: Read + Write + Seek> Running<'_, S> {
         reader: &mut tar::Reader<tape::Tape<R>>,
         recording: &mut Recording,
     ) -> Result<(), WriteError> {
+        // The end of the archive by itself, as in tar-split data by Podman.
+        let mut more = true;
         loop {
             let mut bytes = Vec::new();
-            let more = reader.read_trailer(TRAILER)?;
             recording.take(reader.position(), &mut bytes);
             if !bytes.is_empty() {
-                self.begin(bytes, None, 0)?;
+                self.begin(bytes, About::Nothing, 0)?;
                 self.end(&[])?;
             }
             if !more {
                 return Ok(());
             }
+            more = reader.read_trailer(TRAILER)?;
         }
     }
 
@@ -269,7 +267,13 @@ impl<S: Read + Write + Seek> Running<'_, S> {
     fn add(&mut self, entry: TarEntry, content: &mut dyn Read) -> Result<(), WriteError> {
         let size = entry.kind.size();
         self.count(1 + entry.metadata.xattrs.len())?;
+        // Also where nobody needs it yet: what cannot be described is an error before anything is written.
         let described = Entry::describe(&entry)?;
+        let about = if entry.self_contained || !self.settings.keeps_diff_id {
+            About::Headers
+        } else {
+            About::Entry(Box::new(described))
+        };
         let headers = if entry.self_contained || self.settings.keeps_diff_id {
             entry.raw_headers
         } else {
@@ -286,20 +290,22 @@ impl<S: Read + Write + Seek> Running<'_, S> {
             _ => None,
         };
         self.names.push(&entry.path, link);
-        self.begin(headers, Some(described), size)?;
+        self.begin(headers, about, size)?;
         self.read_content(size, content, &entry.name)
     }
 
-    fn begin(&mut self, headers: Vec<u8>, entry: Option<Entry>, size: u64) -> Result<(), WriteError> {
+    fn begin(&mut self, headers: Vec<u8>, about: About, size: u64) -> Result<(), WriteError> {
         self.batch.data.extend_from_slice(&headers);
         self.waiting_headers += headers.len();
-        let is_empty_file = size == 0 && entry.as_ref().is_some_and(Entry::is_regular);
         self.drafts.push_back(Draft {
             record: Record {
                 headers,
-                entry: entry.map(Box::new),
+                is_entry: !matches!(about, About::Nothing),
+                entry: match about {
+                    About::Entry(entry) => Some(entry),
+                    About::Headers | About::Nothing => None,
+                },
                 size,
-                digest: is_empty_file.then_some(Digest::EMPTY),
                 ..Record::default()
             },
             covered: 0,
@@ -533,14 +539,14 @@ impl<S: Read + Write + Seek> Running<'_, S> {
     /// their padding.
     fn spool_complete(&mut self, open: usize) -> Result<(), WriteError> {
         while self.drafts.len() > open
-            && let Some(draft) = self
+            && let Some(mut draft) = self
                 .drafts
                 .pop_front_if(|draft| draft.covered == draft.record.size)
         {
             self.waiting_headers -= draft.record.headers.len();
             let place = self
                 .spool
-                .append_record(&draft.record)
+                .append_record(&mut draft.record)
                 .map_err(WriteError::Spool)?;
             self.places.push(place);
         }
@@ -564,6 +570,15 @@ impl<S: Read + Write + Seek> Running<'_, S> {
             hashed: None,
         })
     }
+}
+
+/// What is known of an entry.
+enum About {
+    /// What its headers say.
+    Headers,
+    Entry(Box<Entry>),
+    /// It is none.
+    Nothing,
 }
 
 /// How a large file is cut.

@@ -8,7 +8,7 @@ use crate::digest::{Digest, Hasher};
 use crate::tar_split::Crc64;
 
 /// Zeros that are compressed as one: a hole may be as long as a layer, and nobody needs its bytes.
-const ZEROS: [u8; 256 << 10] = [0; 256 << 10];
+static ZEROS: [u8; 256 << 10] = [0; 256 << 10];
 /// zstd's level for chunks that are compressed once more later.
 const SHARED_LEVEL: i32 = 3;
 

@@ -6,15 +6,18 @@ use serde::{Deserialize, Serialize};
 
 use super::WriteError;
 use crate::digest::Digest;
-use crate::tar::{TarEntry, TarKind};
+use crate::tar::{self, TarEntry, TarKind};
 
 /// One entry, or bytes of the tar stream that belong to none.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub(super) struct Record {
     /// Every header block.
     pub(super) headers: Vec<u8>,
-    /// What the TOC says of the entry; `None` for bytes after the end of the archive.
+    /// What the TOC says of the entry, where the headers do not: they say it by themselves, as a rule, and then
+    /// [`Record::describe`] asks them again, so that the spool holds it only once.
     pub(super) entry: Option<Box<Entry>>,
+    /// Whether this is an entry at all, and not bytes after the end of the archive.
+    pub(super) is_entry: bool,
     /// Length of the content in bytes.
     pub(super) size: u64,
     /// Digest of the content of a regular file.
@@ -25,6 +28,18 @@ pub(super) struct Record {
     pub(super) chunks: Vec<Chunk>,
     /// The bytes after the content up to the next block, where they are not the usual zeros.
     pub(super) padding: Option<Vec<u8>>,
+}
+
+impl Record {
+    /// Takes what the TOC says of the entry; `None` for bytes that are none.
+    pub(super) fn describe(&mut self) -> Result<Option<Box<Entry>>, WriteError> {
+        if self.entry.is_some() || !self.is_entry {
+            return Ok(self.entry.take());
+        }
+        let entry = tar::Reader::new(self.headers.as_slice()).next_entry()?;
+        let entry = entry.ok_or(WriteError::SpoolDamaged)?;
+        Entry::describe(&entry).map(|entry| Some(Box::new(entry)))
+    }
 }
 
 /// A chunk of a file.

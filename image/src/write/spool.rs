@@ -13,7 +13,9 @@ use super::record::{Chunk, Record};
 /// Bytes gathered before the file is touched.
 const BUFFER: usize = 256 << 10;
 /// Bytes of records that are compressed together. A prioritized file costs one such batch to be read.
-const RECORDS: usize = 128 << 10;
+const RECORDS: usize = 1 << 20;
+/// Bytes before each record: its length, and start and length of its headers.
+const PREFIX: usize = 12;
 /// zstd's level for records: close to what deflate makes of them at its best, and several times faster.
 const RECORD_LEVEL: i32 = 3;
 
@@ -29,6 +31,8 @@ pub(super) struct Place {
 struct Batch {
     offset: u64,
     compressed: usize,
+    /// Bytes of headers, and of everything.
+    headers: usize,
     length: usize,
 }
 
@@ -38,8 +42,10 @@ pub(super) struct Spool<S: Write> {
     position: u64,
     compressor: zstd::bulk::Compressor<'static>,
     batches: Vec<Batch>,
-    /// Records that are not in the file yet, each behind its length.
+    /// Records that are not in the file yet, each behind its length and the place of its headers. The headers of all of them
+    /// come first: like and like compress better.
     records: Vec<u8>,
+    headers: Vec<u8>,
 }
 
 /// The file while it is read.
@@ -65,6 +71,7 @@ impl<S: Read + Write + Seek> Spool<S> {
             compressor: zstd::bulk::Compressor::new(RECORD_LEVEL)?,
             batches: Vec::new(),
             records: Vec::new(),
+            headers: Vec::new(),
         })
     }
 
@@ -77,22 +84,25 @@ impl<S: Read + Write + Seek> Spool<S> {
     }
 
     /// Appends a record.
-    pub(super) fn append_record(&mut self, record: &Record) -> io::Result<Place> {
+    pub(super) fn append_record(&mut self, record: &mut Record) -> io::Result<Place> {
         let number = |number: usize| u32::try_from(number).map_err(io::Error::other);
         let place = Place {
             batch: number(self.batches.len())?,
             start: number(self.records.len())?,
         };
-        let room = place.start.to_le_bytes();
-        self.records.extend_from_slice(&room);
+        let headers = std::mem::take(&mut record.headers);
+        let (at, count) = (number(self.headers.len())?, number(headers.len())?);
+        self.headers.extend_from_slice(&headers);
         let start = self.records.len();
+        self.records.extend_from_slice(&[0; PREFIX]);
         self.records =
             postcard::to_extend(record, std::mem::take(&mut self.records)).map_err(io::Error::other)?;
-        let length = number(self.records.len() - start)?.to_le_bytes();
-        if let Some(room) = self.records.get_mut(start - length.len()..start) {
-            room.copy_from_slice(&length);
+        let length = number(self.records.len() - start - PREFIX)?;
+        let prefix = [length.to_le_bytes(), at.to_le_bytes(), count.to_le_bytes()].concat();
+        if let Some(room) = self.records.get_mut(start..start + PREFIX) {
+            room.copy_from_slice(&prefix);
         }
-        if self.records.len() >= RECORDS {
+        if self.records.len() + self.headers.len() >= RECORDS {
             self.end_batch()?;
         }
         Ok(place)
@@ -102,14 +112,17 @@ impl<S: Read + Write + Seek> Spool<S> {
         if self.records.is_empty() {
             return Ok(());
         }
-        let data = self.compressor.compress(&self.records)?;
+        let headers = self.headers.len();
+        self.headers.append(&mut self.records);
+        let data = self.compressor.compress(&self.headers)?;
         let batch = Batch {
             offset: self.append(&data)?,
             compressed: data.len(),
-            length: self.records.len(),
+            headers,
+            length: self.headers.len(),
         };
         self.batches.push(batch);
-        self.records.clear();
+        self.headers.clear();
         Ok(())
     }
 
@@ -158,24 +171,32 @@ impl<S: Read + Seek> SpoolReader<S> {
 
     pub(super) fn read_record(&mut self, place: Place) -> io::Result<Record> {
         let damaged = || io::Error::other("no record where one was written");
+        let index = usize::try_from(place.batch).map_err(io::Error::other)?;
+        let batch = *self.batches.get(index).ok_or_else(damaged)?;
         if self.loaded != Some(place.batch) {
-            let batch = usize::try_from(place.batch)
-                .ok()
-                .and_then(|batch| self.batches.get(batch));
-            let batch = *batch.ok_or_else(damaged)?;
             let data = self.read(batch.offset, batch.compressed)?;
             self.records = self.decompressor.decompress(&data, batch.length)?;
             self.loaded = Some(place.batch);
         }
-        let start = usize::try_from(place.start).map_err(io::Error::other)?;
-        let (length, rest) = self
-            .records
-            .get(start..)
-            .and_then(|rest| rest.split_first_chunk())
+        let (headers, records) = self.records.split_at_checked(batch.headers).ok_or_else(damaged)?;
+        let number = |bytes: &[u8; 4]| usize::try_from(u32::from_le_bytes(*bytes)).map_err(io::Error::other);
+        let rest = usize::try_from(place.start)
+            .ok()
+            .and_then(|start| records.get(start..))
             .ok_or_else(damaged)?;
-        let length = usize::try_from(u32::from_le_bytes(*length)).map_err(io::Error::other)?;
-        let record = rest.get(..length).ok_or_else(damaged)?;
-        postcard::from_bytes(record).map_err(io::Error::other)
+        let (prefix, rest) = rest.split_first_chunk::<PREFIX>().ok_or_else(damaged)?;
+        let ([length, at, count], []) = prefix.as_chunks::<4>() else {
+            return Err(damaged());
+        };
+        let record = rest.get(..number(length)?).ok_or_else(damaged)?;
+        let mut record: Record = postcard::from_bytes(record).map_err(io::Error::other)?;
+        let (at, count) = (number(at)?, number(count)?);
+        record.headers = headers
+            .get(at..)
+            .and_then(|headers| headers.get(..count))
+            .ok_or_else(damaged)?
+            .to_vec();
+        Ok(record)
     }
 }
 
@@ -199,7 +220,7 @@ mod tests {
         for index in 0..1000 {
             let data = vec![b'x'; usize::try_from(index).unwrap() * 7];
             let start = spool.append(&data).unwrap();
-            places.push((start, data, spool.append_record(&record(index)).unwrap()));
+            places.push((start, data, spool.append_record(&mut record(index)).unwrap()));
         }
         let mut spool = spool.rewind().unwrap();
         for step in [1, 7, 999] {

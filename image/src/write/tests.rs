@@ -13,6 +13,8 @@ use crate::layer::{Device, EntryKind, FileContent, Metadata};
 use crate::path::EntryPath;
 use crate::tar::{self, TarKind};
 
+mod formats;
+
 /// A tar entry of a test: name, what it is, content.
 type Made = (String, TarKind, Vec<u8>);
 
@@ -66,6 +68,13 @@ fn estargz(chunk_size: u64, level: i32) -> Format {
         level,
         external_toc: false,
         keep_diff_id: false,
+    }
+}
+
+fn options_of(format: Format) -> Options {
+    Options {
+        format,
+        ..Options::default()
     }
 }
 
