@@ -55,6 +55,7 @@ impl Host {
             },
             prefetch: false,
             eager,
+            check_by_download: false,
         };
         Ok(self.service.load(&request, &|_| {})?)
     }

@@ -25,6 +25,12 @@ pub enum Error {
         /// The image as the user wrote it.
         image: String,
     },
+    /// The store does not have the image in full and verified, and asking the registry was forbidden.
+    #[error("{image}: not verified in full before, and the pull policy `never` forbids to pull it for that")]
+    NotVerified {
+        /// The image as the user wrote it.
+        image: String,
+    },
     /// The configuration of the image is not what the manifest promises.
     #[error("{image}: configuration {digest}: {reason}")]
     Config {

@@ -161,6 +161,11 @@ impl Engine {
         self.stopping.load(Ordering::Acquire)
     }
 
+    /// Whether requests of reads or prefetches are under way: what nobody waits for should wait.
+    pub(crate) fn is_busy(&self) -> bool {
+        self.demand.in_use() || self.prefetch.in_use()
+    }
+
     /// Ends all work. Reads that wait get EIO.
     pub(crate) fn stop(&self) {
         self.stopping.store(true, Ordering::Release);

@@ -21,6 +21,7 @@ mod native;
 mod object;
 mod object_fs;
 mod service;
+mod verify;
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -73,6 +74,9 @@ pub struct LoadRequest {
     pub prefetch: bool,
     /// Download and check every layer whole before the image counts as loaded.
     pub eager: bool,
+    /// Whether the check of a lazy layer, once all of its files are here, may download its blob for that. Layers that
+    /// bring their tar-split, and those of local layouts and archives, are checked in any case.
+    pub check_by_download: bool,
 }
 
 /// What happens while an image is loaded, for people who watch.

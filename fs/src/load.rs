@@ -35,6 +35,7 @@ use crate::fetch::prefetch::Segment;
 use crate::service::{Image, Shared, Sources};
 use crate::{LayerReport, LoadRequest, Progress, PullPolicy};
 use layer::{Found, Indexed, LayerLoader};
+pub(crate) use whole::{PullFailure, inspect};
 
 /// Largest image configuration in bytes. Real ones have some KiB; histories of generated images reach a few hundred.
 const CONFIG_MAX: u64 = 8 << 20;
@@ -157,7 +158,11 @@ pub(crate) fn load(
             }
         }
         if request.pull == PullPolicy::Never {
-            return Err(Error::NotInStore { image: job.image });
+            let image = job.image;
+            return Err(match request.eager {
+                true => Error::NotVerified { image },
+                false => Error::NotInStore { image },
+            });
         }
     }
     let engine = Arc::clone(&shared.engine);
@@ -304,14 +309,7 @@ async fn configuration(
         digest: blob.digest(),
         reason,
     };
-    let parsed =
-        ImageConfiguration::from_reader(bytes.as_ref()).map_err(|error| invalid(error.to_string()))?;
-    let diff_ids = parsed
-        .rootfs()
-        .diff_ids()
-        .iter()
-        .map(|text| text.parse::<Digest>().map_err(|error| invalid(error.to_string())))
-        .collect::<Result<Vec<_>, _>>()?;
+    let diff_ids = diff_ids(&bytes).map_err(invalid)?;
     let layers = image.manifest.layers().len();
     if diff_ids.len() != layers {
         return Err(invalid(format!(
@@ -320,6 +318,15 @@ async fn configuration(
         )));
     }
     Ok((bytes.to_vec(), diff_ids))
+}
+
+/// The digests of the uncompressed layers, lowest first, that a configuration lists; else what is wrong with it.
+pub(crate) fn diff_ids(config: &[u8]) -> Result<Vec<Digest>, String> {
+    let parsed = ImageConfiguration::from_reader(config).map_err(|error| error.to_string())?;
+    let diff_ids = parsed.rootfs().diff_ids().iter();
+    diff_ids
+        .map(|text| text.parse::<Digest>().map_err(|error| error.to_string()))
+        .collect()
 }
 
 /// The annotation that orders the prefetch.
@@ -334,7 +341,8 @@ pub(crate) fn prefetch_order(manifest: &ImageManifest) -> Option<String> {
 /// Requests the prioritized bytes that the manifest promises, of the layers whose TOC has yet to come.
 fn begin_prefetch(job: &Job, order: Option<&str>, found: &[Found]) -> Option<Early> {
     let ends: Vec<Option<u64>> = found.iter().map(Found::promised).collect();
-    if !job.request.prefetch || ends.iter().all(Option::is_none) {
+    let wanted = job.request.prefetch && !job.request.eager;
+    if !wanted || ends.iter().all(Option::is_none) {
         return None;
     }
     let segments = order::plan(order, &ends, &vec![0; ends.len()]);

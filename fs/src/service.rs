@@ -18,6 +18,7 @@ use crate::load::{self, Loaded, Outcome};
 use crate::mount::{self, FuseMount};
 use crate::native::Native;
 use crate::object_fs::{self, Lookups, Served};
+use crate::verify::background::Checker;
 use crate::{LayerReport, LoadRequest, Options, Progress, Stats, lock};
 
 /// How far the kernel reads ahead in the object file system, in KiB: the largest FUSE request on a kernel with its
@@ -37,6 +38,7 @@ pub(crate) struct Shared {
     pub(crate) engine: Arc<Engine>,
     pub(crate) lookups: Arc<Lookups>,
     native: Native,
+    checker: Checker,
     fuse: FuseMount,
     objects: OwnedFd,
     served: Mutex<Served>,
@@ -176,6 +178,7 @@ impl Service {
         let engine = Engine::start(store, &options)?;
         let lookups = Arc::<Lookups>::default();
         let native = Native::start()?;
+        let checker = Checker::start(&engine)?;
         let served = object_fs::serve(&engine, &lookups, object_fs::duplicate(&fuse.device)?)?;
         engine.listen(Box::new(Hooks::start(
             served.notifier(),
@@ -190,6 +193,7 @@ impl Service {
                 engine,
                 lookups,
                 native,
+                checker,
                 fuse,
                 objects,
                 served: Mutex::new(served),
@@ -222,6 +226,8 @@ impl Service {
                 let mut images = lock(&self.shared.images);
                 images.retain(|_, image| image.strong_count() > 0);
                 images.insert(key, Arc::downgrade(&image));
+                drop(images);
+                self.shared.checker.add(&image, request);
                 Ok(image)
             }
         }
@@ -276,6 +282,7 @@ impl Shared {
         self.engine.stop();
         // Registrations that wait hold the store.
         self.lookups.hurry();
+        self.checker.stop();
         match mount::abort_fuse(self.fuse.mount.as_fd()) {
             Ok(()) => lock(&self.served).join(),
             Err(error) => {

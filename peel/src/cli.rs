@@ -112,8 +112,11 @@ pub enum Pull {
 /// How far an image is verified before it is used. Every chunk is verified before a byte of it is read in any case.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Verify {
-    /// Each chunk when it is needed
-    Chunks,
+    /// Each chunk when it is needed; a layer that is here in full is checked as a whole where that needs no second download
+    #[value(alias = "chunks")]
+    Lazy,
+    /// The same, and a layer that is here in full may be downloaded a second time for its check
+    Background,
     /// Every layer downloaded and checked whole first
     Full,
 }
@@ -169,8 +172,8 @@ pub struct PullArgs {
     /// Fetch only what is read, not the files that the image marks as needed at its start
     #[arg(long)]
     pub no_prefetch: bool,
-    /// Verify each chunk when it is needed, or download and check the whole image first
-    #[arg(long, value_enum, default_value_t = Verify::Chunks, value_name = "HOW")]
+    /// Verify each chunk when it is needed, or download and check the whole image before the start
+    #[arg(long, value_enum, default_value_t = Verify::Lazy, value_name = "HOW")]
     pub verify: Verify,
 }
 

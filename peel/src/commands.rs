@@ -149,6 +149,7 @@ fn mount_request(
         client: client_options(global)?,
         prefetch: !load.how.no_prefetch,
         eager: load.how.verify == Verify::Full,
+        check_by_download: load.how.verify == Verify::Background,
         writable,
     })
 }

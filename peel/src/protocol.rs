@@ -67,6 +67,8 @@ pub struct MountRequest {
     pub prefetch: bool,
     /// Download and check every layer whole first.
     pub eager: bool,
+    /// Whether a check in the background may download a layer a second time.
+    pub check_by_download: bool,
     /// Whether the mount gets a writable layer.
     pub writable: bool,
 }
@@ -81,6 +83,7 @@ impl MountRequest {
             client: self.client.clone(),
             prefetch: self.prefetch,
             eager: self.eager,
+            check_by_download: self.check_by_download,
         }
     }
 }
@@ -205,9 +208,9 @@ mod tests {
                 proptest::option::of(".*"),
                 pull(),
                 client(),
-                any::<[bool; 3]>()
+                any::<[bool; 4]>()
             )
-                .prop_map(|(image, platform, pull, client, [prefetch, eager, writable])| {
+                .prop_map(|(image, platform, pull, client, [prefetch, eager, check_by_download, writable])| {
                     Request::Mount(MountRequest {
                         image,
                         platform,
@@ -215,6 +218,7 @@ mod tests {
                         client,
                         prefetch,
                         eager,
+                        check_by_download,
                         writable,
                     })
                 }),

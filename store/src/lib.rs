@@ -15,6 +15,7 @@
 //! | `records/images/<manifest>` | manifest, config and layer digests ([`records`]) | checksum in the file |
 //! | `records/names/<sha256 of the name>` | what an image name meant | checksum in the file |
 //! | `records/layers/<blob>` | index of a layer | checksum in the file |
+//! | `records/verdicts/<sha256>` | what the check of a whole layer found | checksum in the file |
 //! | `tmp/` | files on their way to another name; emptied when the store is locked | - |
 //! | `mounts/` | scratch directories of mounts; the server's | - |
 //! | `run/` | the server's socket; the server's | - |
@@ -45,7 +46,7 @@ use error::Context;
 pub use error::Error;
 pub use objects::{ObjectWriter, Verdict};
 pub use partial::{ChunkState, PartialObject};
-pub use records::ImageRecord;
+pub use records::{ImageRecord, LayerVerdict};
 pub use usage::{Count, Usage};
 
 /// First line of the version file. Another layout gets another number; there is no migration, a store is a cache.
@@ -53,7 +54,7 @@ const LAYOUT: &str = "peel store 1";
 
 /// Directories of the root and their modes. `objects` and its shards are readable so that a data layer works like any
 /// other directory; the root above keeps others out.
-const DIRECTORIES: [(&str, u32); 9] = [
+const DIRECTORIES: [(&str, u32); 10] = [
     ("objects", 0o755),
     ("partial", 0o700),
     ("erofs", 0o700),
@@ -61,6 +62,7 @@ const DIRECTORIES: [(&str, u32); 9] = [
     ("records/images", 0o700),
     ("records/names", 0o700),
     ("records/layers", 0o700),
+    ("records/verdicts", 0o700),
     ("tmp", 0o700),
     ("mounts", 0o700),
 ];

@@ -1,5 +1,5 @@
 //! What the store knows of images, so that they can be mounted again without a request: image records, names, layer
-//! indexes, EROFS images.
+//! indexes, EROFS images, and what checks of whole layers found.
 //!
 //! Called by the loader. Records are postcard behind a header with a checksum, written under another name and renamed.
 //! A record that is torn, of another version or otherwise unreadable counts as absent and is removed with a warning: all of
@@ -39,6 +39,15 @@ pub struct ImageRecord {
     pub config: Vec<u8>,
     /// For each layer, lowest first, its blob digest; the index is kept by that name.
     pub layers: Vec<Digest>,
+}
+
+/// What the check of a whole layer came to.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LayerVerdict {
+    /// Whether the bytes of the blob were hashed too, and not only what they mean.
+    pub blob: bool,
+    /// What is wrong with the layer, in one sentence; `None` when all of it is right.
+    pub fault: Option<String>,
 }
 
 /// A name's file is called by its hash, so the name itself is inside.
@@ -97,6 +106,17 @@ impl Store {
     /// The index of a layer, if it is kept.
     pub fn layer(&self, blob: &Digest) -> Result<Option<LayerIndex>, Error> {
         self.record(&self.record_path("layers", blob))
+    }
+
+    /// Keeps what the check of a whole layer came to. `subject` must name everything that was compared: a verdict holds for
+    /// nothing else.
+    pub fn put_verdict(&self, subject: &Digest, verdict: &LayerVerdict) -> Result<(), Error> {
+        self.put_record(&self.record_path("verdicts", subject), verdict)
+    }
+
+    /// What the check of a whole layer came to, if there was one.
+    pub fn verdict(&self, subject: &Digest) -> Result<Option<LayerVerdict>, Error> {
+        self.record(&self.record_path("verdicts", subject))
     }
 
     /// The EROFS image for the manifest, if it is kept and whole.

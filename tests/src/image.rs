@@ -3,6 +3,7 @@
 //! Tar headers are written here and not by the library under test. Layers become eStargz by the library, whose output is
 //! compared with other tools in a test of its own; afterwards their tables of contents can be changed at will.
 
+use std::collections::BTreeMap;
 use std::io::{Cursor, Read, Write};
 use std::ops::Range;
 
@@ -114,6 +115,10 @@ pub struct Layer {
     pub diff_id: Digest,
     /// sha256 of the table of contents, for layers that have one.
     pub toc: Option<Digest>,
+    /// Annotations of the descriptor beside the one of `toc`.
+    pub annotations: BTreeMap<String, String>,
+    /// End of the media type, after `tar`.
+    pub suffix: &'static str,
 }
 
 impl Layer {
@@ -125,6 +130,8 @@ impl Layer {
             blob: encoder.finish().unwrap(),
             diff_id: Digest::of(tar),
             toc: None,
+            annotations: BTreeMap::new(),
+            suffix: "+gzip",
         }
     }
 
@@ -147,6 +154,8 @@ impl Layer {
             blob,
             diff_id: written.diff_id,
             toc: written.toc_digest,
+            annotations: BTreeMap::new(),
+            suffix: "+gzip",
         }
     }
 
@@ -186,7 +195,16 @@ impl Layer {
             blob,
             diff_id: Digest::of(&plain),
             toc: Some(Digest::of(&json)),
+            annotations: BTreeMap::new(),
+            suffix: "+gzip",
         }
+    }
+
+    /// The same layer under a configuration that lists another DiffID for it.
+    #[must_use]
+    pub fn with_diff_id(mut self, diff_id: Digest) -> Self {
+        self.diff_id = diff_id;
+        self
     }
 
     /// The bytes of the blob that hold a file, by the table of contents.
@@ -220,12 +238,15 @@ pub fn push(registry: &Registry, repository: &str, tag: &str, layers: &[Layer]) 
         .map(|layer| {
             let digest = content.put_blob(&layer.blob).unwrap();
             let mut descriptor = json!({
-                "mediaType": "application/vnd.oci.image.layer.v1.tar+gzip",
+                "mediaType": format!("application/vnd.oci.image.layer.v1.tar{}", layer.suffix),
                 "digest": digest.to_string(),
                 "size": layer.blob.len(),
             });
+            if !layer.annotations.is_empty() {
+                descriptor["annotations"] = json!(layer.annotations);
+            }
             if let Some(toc) = &layer.toc {
-                descriptor["annotations"] = json!({ TOC_DIGEST: toc.to_string() });
+                descriptor["annotations"][TOC_DIGEST] = json!(toc.to_string());
             }
             descriptor
         })

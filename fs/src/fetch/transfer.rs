@@ -56,6 +56,11 @@ impl Limits {
             memory: Arc::new(Semaphore::new(LANE_KIB as usize)),
         }
     }
+
+    /// Whether any bytes are in flight.
+    pub(super) fn in_use(&self) -> bool {
+        self.memory.available_permits() < LANE_KIB as usize
+    }
 }
 
 /// The right to have bytes in flight; shared by the streams of a transfer.

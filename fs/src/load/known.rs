@@ -10,12 +10,13 @@ use peel_image::layer::{EntryKind, LayerIndex};
 use peel_registry::{Blob, Source};
 use peel_store::{ImageRecord, Store};
 
-use super::{Job, Loaded, order, prefetch_order, start_prefetch};
+use super::{Job, Loaded, diff_ids, order, prefetch_order, start_prefetch};
 use crate::error::Error;
 use crate::fetch::Engine;
 use crate::fetch::layer::Layer;
 use crate::object_fs::Registration;
 use crate::service::Sources;
+use crate::verify::Subject;
 use crate::{LayerReport, LoadRequest};
 
 /// How long the indexes of a known image are left alone while no read needs them. Reading them costs some ten milliseconds
@@ -39,12 +40,10 @@ pub(super) fn keep(
 
 /// The image of that manifest, if the store has all that is needed to mount it. Its layers become available in the
 /// background; lookups of objects wait for that. With `thorough`, an image whose whole layers have lost a file does not
-/// count as known: there is a registry to pull them from again.
+/// count as known: there is a registry to pull them from again. An image that is asked for whole is known only if every layer
+/// was verified whole and is here; one with a layer that was found wrong is an error.
 pub(super) fn load(job: &Job, manifest: &Digest, thorough: bool) -> Result<Option<Loaded>, Error> {
     let store = &job.shared.engine.store;
-    if job.request.eager {
-        return Ok(None);
-    }
     let (Some(record), Some(erofs)) = (store.image(manifest)?, store.erofs_image(manifest)) else {
         return Ok(None);
     };
@@ -55,13 +54,30 @@ pub(super) fn load(job: &Job, manifest: &Digest, thorough: bool) -> Result<Optio
     };
     let parsed =
         ImageManifest::from_reader(record.manifest.as_slice()).map_err(|error| invalid(error.to_string()))?;
+    let diff_ids = diff_ids(&record.config).map_err(invalid)?;
     let mut reports = Vec::new();
-    for (descriptor, key) in parsed.layers().iter().zip(&record.layers) {
+    for ((descriptor, key), diff_id) in parsed.layers().iter().zip(&record.layers).zip(diff_ids) {
         let digest = descriptor
             .digest()
             .to_string()
             .parse::<Digest>()
             .map_err(|error| invalid(error.to_string()))?;
+        let subject = Subject {
+            blob: digest,
+            index: *key,
+            diff_id,
+        };
+        if let Some(reason) = subject.fault(store) {
+            return Err(Error::Layer {
+                image: job.image.clone(),
+                layer: digest,
+                reason: format!("it was found wrong before: {reason}"),
+            });
+        }
+        let whole = || Ok::<_, Error>(store.layer(key)?.is_some_and(|index| is_here(store, &index)));
+        if job.request.eager && !(subject.is_verified(store) && whole()?) {
+            return Ok(None);
+        }
         reports.push(LayerReport {
             digest,
             size: descriptor.size(),

@@ -6,6 +6,7 @@ use oci_spec::image::Descriptor;
 use peel_image::layer::{ChunkSource, EntryKind, LayerIndex};
 use peel_image::{Digest, annotations};
 use peel_registry::{Blob, Source};
+use peel_store::LayerVerdict;
 use tokio::sync::{Semaphore, mpsc};
 
 use super::toc::TocFailure;
@@ -13,6 +14,7 @@ use super::{Job, annotations_of, blocking, known, lazy_key, toc, whole};
 use crate::error::Error;
 use crate::fetch::early::Brake;
 use crate::fetch::layer::CHUNK_MAX;
+use crate::verify::{self, Subject};
 use crate::{LayerReport, Progress};
 
 /// Layers that are pulled whole at a time: containerd's default for concurrent downloads.
@@ -27,6 +29,8 @@ pub(super) struct Indexed {
     pub(super) report: LayerReport,
     /// Where its chunks come from, if it is lazy.
     pub(super) lazy: Option<Blob>,
+    /// Digest of the table of contents that `index` was made of, if it is lazy.
+    pub(super) toc: Option<Digest>,
 }
 
 /// What the manifest and the store say of a layer.
@@ -35,6 +39,8 @@ pub(super) enum Found {
     /// The store has the index of this lazy layer.
     Kept {
         blob: Blob,
+        /// Digest that the manifest vouches for.
+        digest: Digest,
         key: Digest,
         index: Box<LayerIndex>,
     },
@@ -83,7 +89,7 @@ pub(super) enum Metadata {
 }
 
 impl Metadata {
-    fn lazy(blob: Blob, key: Digest, index: LayerIndex) -> Self {
+    fn lazy(blob: Blob, digest: Digest, key: Digest, index: LayerIndex) -> Self {
         Self::Lazy(Box::new(Indexed {
             key,
             index,
@@ -93,6 +99,7 @@ impl Metadata {
                 not_lazy: None,
             },
             lazy: Some(blob),
+            toc: Some(digest),
         }))
     }
 }
@@ -121,9 +128,6 @@ impl LayerLoader {
             .blob(&descriptor)
             .map_err(|error| self.job.registry_error(error))?;
         let whole = |blob, reason| Ok(Found::Whole { blob, reason });
-        if self.job.request.eager {
-            return whole(blob, "the image was asked for whole".to_owned());
-        }
         let annotations = annotations_of(&descriptor);
         let digest = match annotations
             .get(annotations::TOC_DIGEST)
@@ -147,7 +151,12 @@ impl LayerLoader {
         // A record that cannot be read is as good as none: the TOC is fetched again.
         if let Ok(Some(index)) = blocking(move || store.layer(&key)).await? {
             let index = Box::new(index);
-            return Ok(Found::Kept { blob, key, index });
+            return Ok(Found::Kept {
+                blob,
+                digest,
+                key,
+                index,
+            });
         }
         let offset = number(&annotations, annotations::TOC_OFFSET).filter(|offset| *offset < blob.size());
         let limit = offset.unwrap_or(blob.size());
@@ -165,7 +174,12 @@ impl LayerLoader {
     pub(super) async fn metadata(self, found: Found, brake: Brake) -> Result<Metadata, Error> {
         let (blob, digest, offset) = match found {
             Found::Whole { blob, reason } => return Ok(Metadata::Whole { blob, reason }),
-            Found::Kept { blob, key, index } => return Ok(Metadata::lazy(blob, key, *index)),
+            Found::Kept {
+                blob,
+                digest,
+                key,
+                index,
+            } => return Ok(Metadata::lazy(blob, digest, key, *index)),
             Found::Toc {
                 blob, digest, offset, ..
             } => (blob, digest, offset),
@@ -180,12 +194,13 @@ impl LayerLoader {
             Some(reason) => Metadata::Whole { blob, reason },
             None => {
                 let key = lazy_key(&blob.digest(), &digest);
-                Metadata::lazy(blob, key, toc.index)
+                Metadata::lazy(blob, digest, key, toc.index)
             }
         })
     }
 
-    /// Pulls the layer whole if there is no other way.
+    /// Pulls the layer whole if there is no other way, or if the image was asked for whole. An error for a layer that is known
+    /// to be wrong.
     pub(super) async fn complete(
         self,
         position: usize,
@@ -193,23 +208,44 @@ impl LayerLoader {
         diff_id: Option<Digest>,
         progress: mpsc::Sender<Progress>,
     ) -> Result<Indexed, Error> {
-        let (blob, reason) = match metadata {
-            Metadata::Lazy(indexed) => return Ok(*indexed),
-            Metadata::Whole { blob, reason } => (blob, reason),
-        };
-        let report = LayerReport {
-            digest: blob.digest(),
-            size: blob.size(),
-            not_lazy: Some(reason.clone()),
+        let (blob, reason, lazy) = match metadata {
+            Metadata::Lazy(mut indexed) => match indexed.lazy.take() {
+                Some(blob) if self.job.request.eager => {
+                    (blob, "the image was asked for whole".to_owned(), Some(indexed))
+                }
+                blob => {
+                    indexed.lazy = blob;
+                    self.refuse(indexed.report.digest, indexed.key, diff_id).await?;
+                    return Ok(*indexed);
+                }
+            },
+            Metadata::Whole { blob, reason } => (blob, reason, None),
         };
         let key = blob.digest();
-        if let Some(index) = self.kept_whole(key).await? {
-            return Ok(Indexed {
-                key,
-                index,
-                report,
-                lazy: None,
-            });
+        let broken = |reason: String| Error::Layer {
+            image: self.job.image.clone(),
+            layer: key,
+            reason,
+        };
+        let diff_id = diff_id.ok_or_else(|| broken("the configuration does not list it".to_owned()))?;
+        let mut subjects = vec![self.refuse(key, key, Some(diff_id)).await?];
+        if let Some(lazy) = &lazy {
+            subjects.push(self.refuse(key, lazy.key, Some(diff_id)).await?);
+        }
+        let subjects: Vec<Subject> = subjects.into_iter().flatten().collect();
+        let indexed = |index| Indexed {
+            key,
+            index,
+            report: LayerReport {
+                digest: key,
+                size: blob.size(),
+                not_lazy: Some(reason.clone()),
+            },
+            lazy: None,
+            toc: None,
+        };
+        if let Some(index) = self.kept_whole(key, subjects.clone()).await? {
+            return Ok(indexed(index));
         }
         let permit = Arc::clone(&self.pulls)
             .acquire_owned()
@@ -228,35 +264,88 @@ impl LayerLoader {
             });
         };
         let store = self.job.shared.engine.store.clone();
-        let index =
-            whole::pull(&store, blob, diff_id, position, tell)
-                .await
-                .map_err(|failure| match failure {
-                    whole::PullFailure::Registry(error) => self.job.registry_error(error),
-                    whole::PullFailure::Store(error) => error.into(),
-                    whole::PullFailure::Broken(reason) => Error::Layer {
-                        image: self.job.image.clone(),
-                        layer: key,
-                        reason,
-                    },
-                    whole::PullFailure::Thread(source) => Error::Thread {
-                        name: format!("peel-pull-{position}"),
-                        source,
-                    },
-                })?;
+        let pulled = whole::pull(&store, blob.clone(), diff_id, position, tell).await;
         drop(permit);
-        Ok(Indexed {
-            key,
-            index,
-            report,
-            lazy: None,
-        })
+        let index = match pulled {
+            Ok(index) => index,
+            Err(whole::PullFailure::Registry(error)) => return Err(self.job.registry_error(error)),
+            Err(whole::PullFailure::Store(error)) => return Err(error.into()),
+            Err(whole::PullFailure::Broken(reason)) => return Err(broken(reason)),
+            Err(whole::PullFailure::DiffId(found)) => {
+                let fault = verify::wrong_diff_id(&found, &diff_id);
+                self.judge(&subjects, Some(&fault)).await?;
+                return Err(broken(fault));
+            }
+            Err(whole::PullFailure::Thread(source)) => {
+                let name = format!("peel-pull-{position}");
+                return Err(Error::Thread { name, source });
+            }
+        };
+        if let Some(lazy) = lazy
+            && let Some(toc) = lazy.toc
+        {
+            let (index, fault) = blocking(move || {
+                let fault = verify::disagreement(&toc, &lazy.index, &diff_id, &index);
+                (index, fault)
+            })
+            .await?;
+            // The blob alone is right; only what its table of contents says of it is not.
+            let (alone, listed) = subjects.split_at(1);
+            self.judge(alone, None).await?;
+            self.judge(listed, fault.as_deref()).await?;
+            return match fault {
+                Some(fault) => Err(broken(fault)),
+                None => Ok(indexed(index)),
+            };
+        }
+        self.judge(&subjects, None).await?;
+        Ok(indexed(index))
     }
 
-    /// The index of a layer that was pulled whole before, if all of its files are still here.
-    async fn kept_whole(&self, blob: Digest) -> Result<Option<LayerIndex>, Error> {
+    /// An error if that layer is known to be wrong.
+    async fn refuse(
+        &self,
+        blob: Digest,
+        index: Digest,
+        diff_id: Option<Digest>,
+    ) -> Result<Option<Subject>, Error> {
+        let Some(diff_id) = diff_id else {
+            return Ok(None);
+        };
+        let subject = Subject { blob, index, diff_id };
+        let store = self.job.shared.engine.store.clone();
+        match blocking(move || subject.fault(&store)).await? {
+            None => Ok(Some(subject)),
+            Some(reason) => Err(Error::Layer {
+                image: self.job.image.clone(),
+                layer: blob,
+                reason: format!("it was found wrong before: {reason}"),
+            }),
+        }
+    }
+
+    /// Keeps what a whole pull found.
+    async fn judge(&self, subjects: &[Subject], fault: Option<&str>) -> Result<(), Error> {
+        let verdict = LayerVerdict {
+            blob: true,
+            fault: fault.map(str::to_owned),
+        };
+        let (store, subjects) = (self.job.shared.engine.store.clone(), subjects.to_vec());
+        blocking(move || {
+            for subject in subjects {
+                subject.keep(&store, &verdict);
+            }
+        })
+        .await
+    }
+
+    /// The index of a layer that was pulled whole before and found right, if all of its files are still here.
+    async fn kept_whole(&self, blob: Digest, subjects: Vec<Subject>) -> Result<Option<LayerIndex>, Error> {
         let store = self.job.shared.engine.store.clone();
         blocking(move || {
+            if !subjects.iter().all(|subject| subject.is_verified(&store)) {
+                return None;
+            }
             let Ok(Some(index)) = store.layer(&blob) else {
                 return None;
             };

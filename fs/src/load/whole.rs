@@ -9,7 +9,7 @@ use bytes::{Buf, Bytes};
 use peel_image::compression::{self, Guard};
 use peel_image::layer::LayerIndex;
 use peel_image::path::EntryPath;
-use peel_image::tar::index::{FileSink, index_tar};
+use peel_image::tar::index::{FileSink, HashSink, index_tar};
 use peel_image::{Digest, Hasher};
 use peel_registry::Blob;
 use peel_store::{ObjectWriter, Store};
@@ -22,13 +22,15 @@ const QUEUE: usize = 32;
 
 /// Why a layer could not be pulled.
 #[derive(Debug)]
-pub(super) enum PullFailure {
+pub(crate) enum PullFailure {
     /// The bytes could not be had.
     Registry(peel_registry::Error),
     /// The objects could not be written.
     Store(peel_store::Error),
     /// The bytes are wrong.
     Broken(String),
+    /// The blob is right, but its uncompressed bytes have this digest and not the DiffID.
+    DiffId(Digest),
     /// No thread to unpack.
     Thread(io::Error),
 }
@@ -37,7 +39,7 @@ pub(super) enum PullFailure {
 pub(super) async fn pull(
     store: &Store,
     blob: Blob,
-    diff_id: Option<Digest>,
+    diff_id: Digest,
     position: usize,
     tell: impl Fn(u64) + Send,
 ) -> Result<LayerIndex, PullFailure> {
@@ -83,7 +85,29 @@ async fn receive(
 fn unpack(
     store: &Store,
     receiver: mpsc::Receiver<Bytes>,
-    diff_id: Option<Digest>,
+    diff_id: Digest,
+) -> Result<LayerIndex, PullFailure> {
+    let mut sink = Objects {
+        store,
+        writer: None,
+        error: None,
+    };
+    let result = walk(receiver, diff_id, &mut sink);
+    match sink.error.take() {
+        Some(error) => Err(PullFailure::Store(error)),
+        None => result,
+    }
+}
+
+/// Reads a blob and keeps nothing of it: its index, if its uncompressed bytes have the DiffID.
+pub(crate) fn inspect(receiver: mpsc::Receiver<Bytes>, diff_id: Digest) -> Result<LayerIndex, PullFailure> {
+    walk(receiver, diff_id, &mut HashSink::default())
+}
+
+fn walk(
+    receiver: mpsc::Receiver<Bytes>,
+    diff_id: Digest,
+    sink: &mut dyn FileSink,
 ) -> Result<LayerIndex, PullFailure> {
     let broken = |error: &dyn std::error::Error| PullFailure::Broken(chain(error));
     let body = Body {
@@ -96,29 +120,12 @@ fn unpack(
         stream,
         hasher: Arc::clone(&hashed),
     };
-    let mut sink = Objects {
-        store,
-        writer: None,
-        error: None,
-    };
-    let (index, _) = match index_tar(stream, &mut sink) {
-        Ok(result) => result,
-        Err(error) => {
-            return Err(match sink.error.take() {
-                Some(error) => PullFailure::Store(error),
-                None => broken(&error),
-            });
-        }
-    };
+    let (index, _) = index_tar(stream, sink).map_err(|error| broken(&error))?;
     let found = std::mem::take(&mut *lock(&hashed)).finish();
-    match diff_id {
-        Some(expected) if expected != found => Err(PullFailure::Broken(format!(
-            "its uncompressed bytes have the digest {found}, the configuration says {expected}"
-        ))),
-        None => Err(PullFailure::Broken(
-            "the configuration does not list it".to_owned(),
-        )),
-        Some(_) => Ok(index),
+    if found == diff_id {
+        Ok(index)
+    } else {
+        Err(PullFailure::DiffId(found))
     }
 }
 

@@ -87,6 +87,7 @@ impl Host {
             },
             prefetch: false,
             eager: false,
+            check_by_download: false,
         }
     }
 

@@ -61,7 +61,14 @@ fn records_outlive_the_process() {
         .put_name("debian:12 linux/amd64", &record.manifest_digest)
         .unwrap();
     test.store.put_layer(&blob, &index).unwrap();
+    assert_eq!(test.store.verdict(&blob).unwrap(), None);
+    let verdict = LayerVerdict {
+        blob: true,
+        fault: Some("it lies".to_owned()),
+    };
+    test.store.put_verdict(&blob, &verdict).unwrap();
     let test = test.reopen();
+    assert_eq!(test.store.verdict(&blob).unwrap(), Some(verdict));
     assert_eq!(
         test.store.image(&record.manifest_digest).unwrap().unwrap(),
         record

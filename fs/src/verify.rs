@@ -1,0 +1,74 @@
+//! Checks of whole layers: what no check of single chunks can find.
+//!
+//! A lazy start trusts the table of contents that the manifest vouches for. Whether the layer's tar stream has the DiffID
+//! that the configuration lists, and whether it says the same as the table of contents, only somebody who has all of the
+//! layer can tell. [`crate::load`] asks for that before a start (`eager`), [`background`] afterwards. What was found is kept
+//! as a verdict on a [`Subject`], so that it is found once; a layer that was found wrong is not loaded again.
+
+pub(crate) mod background;
+
+use peel_image::Digest;
+use peel_image::layer::LayerIndex;
+use peel_image::views;
+use peel_store::{LayerVerdict, Store};
+
+/// What a verdict is about: everything that was compared. The same blob under another table of contents or another DiffID is
+/// another subject.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) struct Subject {
+    /// Digest of the layer blob.
+    pub(crate) blob: Digest,
+    /// Name of its index in the store: it stands for the table of contents.
+    pub(crate) index: Digest,
+    /// Digest of the uncompressed layer by the configuration.
+    pub(crate) diff_id: Digest,
+}
+
+impl Subject {
+    fn key(&self) -> Digest {
+        let Self { blob, index, diff_id } = self;
+        Digest::of(format!("layer {blob} by {index} is {diff_id}").as_bytes())
+    }
+
+    /// What is known of it. A record that cannot be read is as good as none.
+    pub(crate) fn verdict(&self, store: &Store) -> Option<LayerVerdict> {
+        store.verdict(&self.key()).ok().flatten()
+    }
+
+    /// What is known to be wrong with it.
+    pub(crate) fn fault(&self, store: &Store) -> Option<String> {
+        self.verdict(store)?.fault
+    }
+
+    /// Whether it was found right, its blob included.
+    pub(crate) fn is_verified(&self, store: &Store) -> bool {
+        self.verdict(store)
+            .is_some_and(|verdict| verdict.blob && verdict.fault.is_none())
+    }
+
+    /// Keeps a verdict. Without it the layer is only checked again.
+    pub(crate) fn keep(&self, store: &Store, verdict: &LayerVerdict) {
+        if let Err(error) = store.put_verdict(&self.key(), verdict) {
+            tracing::warn!(layer = %self.blob, %error, "the check of this layer was not kept; it is made again");
+        }
+    }
+}
+
+/// What is wrong with a layer whose tar stream has another digest than the configuration lists.
+pub(crate) fn wrong_diff_id(found: &Digest, expected: &Digest) -> String {
+    format!("its uncompressed bytes have the digest {found}, the configuration says {expected}")
+}
+
+/// What is wrong with a layer whose table of contents `toc` says something else than its tar stream.
+pub(crate) fn disagreement(
+    toc: &Digest,
+    listed: &LayerIndex,
+    diff_id: &Digest,
+    unpacked: &LayerIndex,
+) -> Option<String> {
+    let views::Difference { path, what } = views::compare(listed, unpacked).err()?;
+    Some(format!(
+        "its table of contents {toc} is not what its tar stream {diff_id} holds: they disagree about {path}: {what}; \
+         a lazy mount shows other files than a tool that unpacks the layer"
+    ))
+}

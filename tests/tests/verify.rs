@@ -1,0 +1,253 @@
+//! What only whole layers tell: `--verify full` before a start, and the check in the background afterwards. The liars here have
+//! a table of contents that the manifest vouches for, chunks with right digests, and still another tar stream.
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on fails where it is")]
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use peel::demo::registry::Registry;
+use peel_image::Digest;
+use peel_tests::image::{Layer, Tar, entry, noise, push};
+use peel_tests::world::{World, assert_expected, errors, eventually, read, vector};
+use serde_json::json;
+
+fn layer() -> Layer {
+    let tar = Tar::new()
+        .dir("data/")
+        .file("data/a", &noise(1, 300_000))
+        .file("data/b", &noise(2, 3000));
+    Layer::estargz(&tar.finish(), 100_000, &[])
+}
+
+/// A layer whose table of contents makes a program set-user-id that its tar stream does not.
+fn two_faced() -> Layer {
+    layer().with_contents(|entries| entry(entries, "data/a")["mode"] = json!(0o4755))
+}
+
+/// Full verification; the message of its failure.
+fn refused(world: &World, name: &str, arguments: &[&str]) -> String {
+    let dir = world.dir("refused");
+    let output = world.run(&[&["mount"], arguments, &[name, dir.to_str().unwrap()]].concat());
+    assert!(!output.status.success(), "{name} {arguments:?} was mounted");
+    errors(&output)
+}
+
+fn mode(path: &Path) -> u32 {
+    path.metadata().unwrap().permissions().mode() & 0o7777
+}
+
+fn read_all(dir: &Path) {
+    for name in ["a", "b"] {
+        read(&dir.join("data").join(name)).unwrap();
+    }
+}
+
+/// Copies an image from the registry into a layout.
+fn layout(world: &World, registry: &Registry, tag: &str) -> String {
+    let target = format!("oci:{}:{tag}", world.path("layout").display());
+    let output = Command::new("skopeo")
+        .args(["copy", "--quiet", "--src-tls-verify=false"])
+        .arg(format!("docker://{}/app:{tag}", registry.addr()))
+        .arg(&target)
+        .output()
+        .expect("these tests need skopeo");
+    assert!(output.status.success(), "skopeo: {}", errors(&output));
+    target
+}
+
+#[test]
+fn a_table_of_contents_that_is_not_the_tar_stream_is_refused_by_full_verification() {
+    let world = World::new();
+    let registry = world.registry();
+    let liar = two_faced();
+    let name = push(&registry, "app", "liar", std::slice::from_ref(&liar));
+    // Every digest that a lazy start can check is right.
+    let dir = world.mount(&name, "lazy");
+    assert_eq!(mode(&dir.join("data/a")), 0o4755);
+    read_all(&dir);
+    world.umount(&dir);
+    let message = refused(&world, &name, &["--verify", "full"]);
+    let toc = liar.toc.unwrap();
+    for part in [liar.digest(), toc, liar.diff_id] {
+        assert!(message.contains(&part.to_string()), "no {part} in: {message}");
+    }
+    assert!(
+        message.contains("/data/a") && message.contains("the mode"),
+        "{message}"
+    );
+    // What was found is known from now on, without a download and for lazy starts too.
+    let before = registry.log().len();
+    let message = refused(&world, &name, &["--verify", "lazy"]);
+    assert!(
+        message.contains("found wrong before") && message.contains("the mode"),
+        "{message}"
+    );
+    let blob = liar.digest().to_string();
+    let log = registry.log().split_off(before);
+    assert!(!log.iter().any(|request| request.target.contains(&blob)));
+    world.assert_sound();
+}
+
+#[test]
+fn a_wrong_diff_id_is_refused_by_full_verification() {
+    let world = World::new();
+    let registry = world.registry();
+    let (right, wrong) = (layer(), Digest::of(b"another layer"));
+    let name = push(&registry, "app", "liar", &[right.clone().with_diff_id(wrong)]);
+    let dir = world.mount(&name, "lazy");
+    read_all(&dir);
+    world.umount(&dir);
+    let message = refused(&world, &name, &["--verify", "full"]);
+    for part in [right.digest(), right.diff_id, wrong] {
+        assert!(message.contains(&part.to_string()), "no {part} in: {message}");
+    }
+    // The same blob under a configuration that is right is another matter.
+    let honest = push(&registry, "app", "honest", &[right]);
+    let dir = world.dir("honest");
+    world.ok(&["mount", "--verify", "full", &honest, dir.to_str().unwrap()]);
+    world.umount(&dir);
+    world.assert_sound();
+}
+
+#[test]
+fn what_was_verified_in_full_is_not_pulled_again() {
+    let world = World::new();
+    let registry = world.registry();
+    let layers = [layer(), Layer::plain(&Tar::new().file("plain", b"x").finish())];
+    let name = push(&registry, "app", "x", &layers);
+    let full = |pull: &str| {
+        let dir = world.dir("full");
+        world.ok(&[
+            "mount",
+            "--verify",
+            "full",
+            "--pull",
+            pull,
+            &name,
+            dir.to_str().unwrap(),
+        ]);
+        read_all(&dir);
+        assert_eq!(read(&dir.join("plain")).unwrap(), b"x");
+        world.umount(&dir);
+    };
+    // Loaded lazily before, it still has to be verified.
+    let dir = world.mount(&name, "lazy");
+    world.umount(&dir);
+    let message = refused(&world, &name, &["--verify", "full", "--pull", "never"]);
+    assert!(message.contains("not verified in full"), "{message}");
+    full("missing");
+    let blobs = |before: usize| {
+        let log = registry.log().split_off(before);
+        let blobs = layers.iter().map(|layer| layer.digest().to_string());
+        let asked = |blob: String| log.iter().any(|request| request.target.contains(&blob));
+        blobs.filter(|blob| asked(blob.clone())).count()
+    };
+    assert_eq!(blobs(0), 2);
+    let before = registry.log().len();
+    full("never");
+    full("missing");
+    assert_eq!(registry.log().len(), before, "a verified image made requests");
+    full("always");
+    assert_eq!(blobs(before), 0, "a verified layer was pulled again");
+    // A file that is lost is noticed.
+    let object = world.objects().pop().unwrap();
+    fs::remove_file(object).unwrap();
+    let message = refused(&world, &name, &["--verify", "full", "--pull", "never"]);
+    assert!(message.contains("not verified in full"), "{message}");
+    full("missing");
+    assert!(blobs(before) > 0);
+    world.assert_sound();
+}
+
+#[test]
+fn every_honest_image_passes_full_verification() {
+    let world = World::new();
+    for tag in ["org", "esgz", "esgz-opt", "esgz-chunk64k", "esgz-min50k"] {
+        let dir = world.dir(tag);
+        world.ok(&["mount", "--verify", "full", &vector(tag), dir.to_str().unwrap()]);
+        assert_expected(&dir, tag);
+        world.umount(&dir);
+    }
+    world.assert_sound();
+}
+
+/// Mounts, reads everything, and waits for what the log says about the layer.
+fn in_the_background(world: &World, name: &str, arguments: &[&str], expected: &str) -> PathBuf {
+    let dir = world.dir("background");
+    world.ok(&[&["mount"], arguments, &[name, dir.to_str().unwrap()]].concat());
+    read_all(&dir);
+    eventually(expected, || world.log().contains(expected));
+    dir
+}
+
+#[test]
+fn a_layer_that_lies_is_found_in_the_background() {
+    for download in [false, true] {
+        let world = World::new();
+        let registry = world.registry();
+        let liar = two_faced();
+        let mut name = push(&registry, "app", "liar", std::slice::from_ref(&liar));
+        let mut arguments: &[&str] = &["--verify", "background"];
+        if !download {
+            // A layout costs nothing to read again.
+            name = layout(&world, &registry, "liar");
+            arguments = &[];
+        }
+        let dir = in_the_background(&world, &name, arguments, "will not be loaded again");
+        let log = world.log();
+        let line = log
+            .lines()
+            .find(|line| line.contains("will not be loaded again"))
+            .unwrap();
+        for part in [
+            name.clone(),
+            liar.digest().to_string(),
+            liar.toc.unwrap().to_string(),
+            liar.diff_id.to_string(),
+        ] {
+            assert!(line.contains(&part), "no {part} in: {line}");
+        }
+        assert!(line.contains("ERROR"), "{line}");
+        // Who has it mounted keeps it: taking it away would be worse.
+        read_all(&dir);
+        world.umount(&dir);
+        let message = refused(&world, &name, &[]);
+        assert!(message.contains("found wrong before"), "{message}");
+        world.assert_sound();
+    }
+}
+
+#[test]
+fn an_honest_layer_is_found_right_in_the_background_once() {
+    let world = World::new();
+    let registry = world.registry();
+    push(&registry, "app", "x", &[layer()]);
+    let name = layout(&world, &registry, "x");
+    let right = "a layer that is here in full is right";
+    for _ in 0..2 {
+        let dir = in_the_background(&world, &name, &[], right);
+        world.umount(&dir);
+    }
+    assert_eq!(world.log().matches(right).count(), 1);
+    world.assert_sound();
+}
+
+#[test]
+fn nothing_is_downloaded_twice_unless_asked_for() {
+    let world = World::new();
+    let registry = world.registry();
+    let layers = [two_faced()];
+    let name = push(&registry, "app", "x", &layers);
+    let dir = world.mount(&name, "lazy");
+    read_all(&dir);
+    let bytes = || registry.counters().body_bytes;
+    // The background looks every two seconds.
+    let before = bytes();
+    std::thread::sleep(std::time::Duration::from_secs(5));
+    assert_eq!(bytes(), before);
+    read_all(&dir);
+    world.umount(&dir);
+    world.assert_sound();
+}
