@@ -25,7 +25,7 @@ const BATCH: usize = 1 << 20;
 /// Headers of entries without content share a stream up to this size, so that memory stays bounded.
 const HEADERS_PER_STREAM: usize = 1 << 20;
 /// Buffers of tar stream that may wait to be hashed.
-const UNHASHED: usize = 4;
+const UNHASHED: usize = 8;
 
 /// What is known when all is written.
 pub(super) struct Assembled<W> {

@@ -35,7 +35,7 @@ const WAITING_HEADERS_MAX: usize = 4 << 20;
 /// Bytes after the end of the archive that are kept as one record.
 const TRAILER: usize = 1 << 20;
 /// Batches that may wait to be hashed.
-const UNHASHED: usize = 4;
+const UNHASHED: usize = 8;
 
 /// What the first half leaves to the second.
 pub(super) struct Intake<S: Write> {

@@ -11,6 +11,10 @@ use crossbeam_channel::{Receiver, Sender, bounded};
 /// enough that memory stays bounded on machines of many cores.
 const WEIGHT_MAX: usize = 48 << 20;
 
+/// Most jobs in flight for each thread: on a machine that does other things too, a thread may have to wait for a core while
+/// the others go on.
+const JOBS_PER_THREAD: usize = 12;
+
 /// Threads that turn jobs into results.
 pub(super) struct Pool<J, O> {
     jobs: Option<Sender<(J, Sender<O>)>>,
@@ -37,7 +41,8 @@ impl<J: Send, O: Send> Pool<J, O> {
         J: 'scope,
         O: 'scope,
     {
-        let (sender, receiver) = bounded::<(J, Sender<O>)>(threads);
+        let depth = threads * JOBS_PER_THREAD;
+        let (sender, receiver) = bounded::<(J, Sender<O>)>(depth);
         for index in 0..threads {
             let receiver = receiver.clone();
             let worker = worker.clone();
@@ -55,7 +60,7 @@ impl<J: Send, O: Send> Pool<J, O> {
             jobs: Some(sender),
             waiting: VecDeque::new(),
             weight: 0,
-            depth: threads * 4,
+            depth,
         })
     }
 

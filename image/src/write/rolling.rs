@@ -6,17 +6,22 @@
 //! chunk ends after a byte where the low 16 bits of the checksum's second sum are all ones: every 64 KiB on average.
 //! Both sums depend on the last 64 bytes only, and a hole leaves nothing but zeros there, so they start anew after each.
 
+mod sys;
+
 /// Zeros from which on a run of them is a hole.
 pub(super) const HOLE_MIN: u64 = 1024;
 /// Longest chunk of data. Podman has no limit, but a reader holds a chunk in memory; random data never comes near.
 pub(super) const DATA_MAX: usize = 32 << 20;
 
 const WINDOW: usize = 64;
-const CHARACTER_OFFSET: u32 = 31;
+const CHARACTER_OFFSET: u16 = 31;
 /// The sums over a window of zeros.
-const FIRST_START: u32 = 64 * CHARACTER_OFFSET;
-const SECOND_START: u32 = 64 * 63 * CHARACTER_OFFSET;
-const SPLIT_MASK: u32 = 0xffff;
+const FIRST_START: u16 = 64 * CHARACTER_OFFSET;
+// The sums are taken modulo 2^16: only these bits decide, and higher ones never reach them.
+const SECOND_START: u16 = FIRST_START.wrapping_mul(63);
+const SPLIT: u16 = u16::MAX;
+/// Bytes that are summed at once.
+const LANES: usize = 8;
 
 /// A piece of a file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -158,8 +163,8 @@ fn next_zeros(block: &[u8]) -> (usize, usize) {
 
 /// The rolling checksum.
 struct Sums {
-    first: u32,
-    second: u32,
+    first: u16,
+    second: u16,
     window: [u8; WINDOW],
     at: usize,
 }
@@ -189,17 +194,24 @@ impl Sums {
             return (taken, false);
         };
         // From here on the byte that leaves the window is in the data itself.
-        let (mut first, mut second) = (self.first, self.second);
+        let (blocks, last) = rest.as_chunks::<LANES>();
+        let (leaving, _) = data.as_chunks::<LANES>();
+        let scanned = sys::scan(self.first, self.second, blocks, leaving);
+        (self.first, self.second) = (scanned.first, scanned.second);
+        taken += scanned.blocks * LANES;
+        let is_found = scanned.blocks < blocks.len();
         let mut split = false;
-        for (byte, old) in rest.iter().zip(data) {
-            (first, second) = next(first, second, *byte, *old);
-            taken += 1;
-            if second & SPLIT_MASK == SPLIT_MASK {
-                split = true;
-                break;
+        if is_found || !last.is_empty() {
+            let rest = data.get(taken..).unwrap_or_default().iter();
+            let leaving = data.get(taken - WINDOW..).unwrap_or_default();
+            for (byte, old) in rest.zip(leaving) {
+                taken += 1;
+                if self.step(*byte, *old) {
+                    split = true;
+                    break;
+                }
             }
         }
-        (self.first, self.second) = (first, second);
         if let Some(last) = data
             .get(taken - WINDOW..taken)
             .and_then(|last| last.try_into().ok())
@@ -212,14 +224,24 @@ impl Sums {
 
     fn step(&mut self, byte: u8, old: u8) -> bool {
         (self.first, self.second) = next(self.first, self.second, byte, old);
-        self.second & SPLIT_MASK == SPLIT_MASK
+        self.second == SPLIT
     }
 }
 
+/// What a scan found.
+struct Scanned {
+    /// Blocks before the one in which a chunk ends.
+    blocks: usize,
+    /// The sums after them.
+    first: u16,
+    second: u16,
+}
+
+/// Both sums after another byte.
 #[inline(always)]
-fn next(first: u32, second: u32, byte: u8, old: u8) -> (u32, u32) {
-    let old = u32::from(old);
-    let first = first.wrapping_add(u32::from(byte)).wrapping_sub(old);
+fn next(first: u16, second: u16, byte: u8, old: u8) -> (u16, u16) {
+    let old = u16::from(old);
+    let first = first.wrapping_add(u16::from(byte)).wrapping_sub(old);
     let leaving = (old + CHARACTER_OFFSET).wrapping_mul(64);
     (first, second.wrapping_add(first).wrapping_sub(leaving))
 }
