@@ -52,7 +52,7 @@ fn layout(world: &World, registry: &Registry, tag: &str) -> String {
         .arg(format!("docker://{}/app:{tag}", registry.addr()))
         .arg(&target)
         .output()
-        .expect("these tests need skopeo");
+        .unwrap_or_else(|error| panic!("these tests need skopeo: {error}"));
     assert!(output.status.success(), "skopeo: {}", errors(&output));
     target
 }
