@@ -8,7 +8,7 @@
 //!
 //! Memory: the writers keep their work in flight below 64 MiB at the usual chunk sizes; queues and unconfirmed pieces of an
 //! upload add 20 MiB. Twice that stays below the 256 MiB that a conversion may take. Chunks above [`LARGE_CHUNK`] are
-//! held several times over; with those there is one layer at a time.
+//! held several times over, and high levels of zstd need much memory; with those there is one layer at a time.
 
 pub mod earlier;
 mod layer;
@@ -42,6 +42,11 @@ use toc_image::Toc;
 const AT_ONCE: usize = 2;
 /// Chunks larger than this, in bytes, are converted one layer at a time.
 const LARGE_CHUNK: u64 = 8 << 20;
+
+/// zstd levels from this on need so much memory that they are used for one layer at a time.
+const LARGE_LEVEL: i32 = 16;
+/// Largest configuration that is read, in bytes. Registries hold manifests to 4 MiB; configurations are no larger.
+const CONFIG_MAX: u64 = 8 << 20;
 
 /// How layers are written.
 #[derive(Debug, Clone, Copy)]
@@ -77,16 +82,19 @@ impl Settings {
     }
 
     fn at_once(&self) -> usize {
-        let chunk_size = match self.format {
+        let large = match self.format {
             Format::Estargz {
                 chunk_size,
                 min_chunk_size,
                 ..
-            } => chunk_size.max(min_chunk_size),
-            Format::ZstdChunked { chunk_size, .. } => chunk_size,
-            Format::Gzip { .. } | Format::Zstd { .. } | Format::Plain => 0,
+            } => chunk_size.max(min_chunk_size) > LARGE_CHUNK,
+            Format::ZstdChunked {
+                chunk_size, level, ..
+            } => chunk_size > LARGE_CHUNK || level >= LARGE_LEVEL,
+            Format::Zstd { level } => level >= LARGE_LEVEL,
+            Format::Gzip { .. } | Format::Plain => false,
         };
-        if chunk_size > LARGE_CHUNK { 1 } else { AT_ONCE }
+        if large { 1 } else { AT_ONCE }
     }
 }
 
@@ -229,7 +237,8 @@ impl Conversion<'_> {
         };
         let mut configs = Vec::new();
         for part in self.parts {
-            configs.push(self.source.config(&part.image).await?.0);
+            let config = self.source.blob(part.image.manifest.config())?;
+            configs.push(config.read_verified(CONFIG_MAX).await?);
         }
         let mut jobs = Jobs::new(self.parts, &configs)?;
         let earlier = match self.settings.earlier {

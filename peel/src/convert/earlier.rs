@@ -98,8 +98,8 @@ impl Earlier {
     }
 
     async fn add(&mut self, source: &Source, image: &ResolvedImage) -> Result<(), Error> {
-        let (bytes, _) = source.config(image).await?;
-        let diff_ids = super::diff_ids(&bytes);
+        let config = source.blob(image.manifest.config())?;
+        let diff_ids = super::diff_ids(&config.read_verified(super::CONFIG_MAX).await?);
         if diff_ids.len() != image.manifest.layers().len() {
             return Ok(());
         }

@@ -235,7 +235,9 @@ impl Shared<'_> {
     async fn again(&self, blob: &Blob, job: &Job, made: &Made) -> anyhow::Result<Option<Done>> {
         let digest: Digest = made.descriptor.digest().to_string().parse()?;
         let size = made.descriptor.size();
-        if keeps_tar(self.settings.format, job) && made.diff_id != job.diff_id {
+        let media_type = made.descriptor.media_type().to_string();
+        let changed = keeps_tar(self.settings.format, job) && made.diff_id != job.diff_id;
+        if changed || media_type != media_type_of(self.settings.format) {
             return Ok(None);
         }
         let toc = match (self.settings.format, self.earlier.toc(&digest)) {
@@ -252,7 +254,7 @@ impl Shared<'_> {
                 Some(toc),
             ) => {
                 let (toc_digest, toc_size) = (toc.digest().to_string().parse()?, toc.size());
-                if !self.target.has_blob(&toc_digest, toc_size).await? {
+                if !self.has(&toc_digest, toc_size).await {
                     return Ok(None);
                 }
                 Some(Toc {
@@ -263,7 +265,7 @@ impl Shared<'_> {
             }
             _ => None,
         };
-        if !self.target.has_blob(&digest, size).await? {
+        if !self.has(&digest, size).await {
             return Ok(None);
         }
         self.progress.fetch_add(blob.size(), Ordering::Relaxed);
@@ -271,13 +273,24 @@ impl Shared<'_> {
             digest,
             size,
             diff_id: made.diff_id,
-            media_type: made.descriptor.media_type().to_string(),
+            media_type,
             annotations: manifest::of_the_blob(&made.descriptor),
         };
         Ok(Some(Done {
             toc,
             ..self.done(blob, new, How::Reused, false, job.first.len())
         }))
+    }
+
+    /// Whether the target surely has a blob. What an earlier manifest says of it may be wrong, which is no error here.
+    async fn has(&self, digest: &Digest, size: u64) -> bool {
+        match self.target.has_blob(digest, size).await {
+            Ok(has) => has,
+            Err(error) => {
+                tracing::debug!(%error, "not used again");
+                false
+            }
+        }
     }
 
     /// Makes a layer and sends it meanwhile.
@@ -398,6 +411,15 @@ fn keeps_tar(format: Format, job: &Job) -> bool {
             dialect == Dialect::Podman && job.first.is_empty() && !rewritten
         }
         Format::Gzip { .. } | Format::Zstd { .. } | Format::Plain => !rewritten,
+    }
+}
+
+/// OCI's media type of the layers of a format.
+fn media_type_of(format: Format) -> &'static str {
+    match format {
+        Format::Estargz { .. } | Format::Gzip { .. } => media::OCI_LAYER_GZIP,
+        Format::ZstdChunked { .. } | Format::Zstd { .. } => media::OCI_LAYER_ZSTD,
+        Format::Plain => media::OCI_LAYER,
     }
 }
 
