@@ -6,12 +6,13 @@
 //! | `warm` | reading, stat and readdir of an image whose objects are complete | plain overlayfs over the same files |
 //! | `first_touch` | reading a file whose only chunk is missing | `curl` of the same range |
 //! | `mount` | name to mounted root file system | `tar tf` of the same layer |
-//! | `convert` | tar stream to eStargz | `pigz -6` of the same stream |
+//! | `convert` | tar stream to eStargz; to zstd:chunked | `pigz -6`; `zstd -3 -T2` of the same stream |
+//! | `toc` | TOC of 100,000 entries to the tree, each dialect | `tar tf` of the same layer |
 //!
 //! * [`files`]: trees of files that are the same in every run, as tar stream and as directory.
 //! * [`image`]: such a tree as an image in an embedded registry.
 //! * [`host`]: a store, its service, and detached mounts; nothing appears in the mount table or outlives the process.
-//! * [`pair`]: both sides measured, and their ratio.
+//! * [`pair`]: both sides measured, and their ratio. * [`usage`]: processor time and memory of each.
 //!
 //! `cargo bench -p peel-bench` runs all of them, as root. Without `--bench` (`cargo test -p peel-bench --benches`) each
 //! runs once on a small tree.
@@ -20,6 +21,7 @@ pub mod files;
 pub mod host;
 pub mod image;
 pub mod pair;
+pub mod usage;
 
 use std::path::Path;
 
