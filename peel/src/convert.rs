@@ -6,9 +6,10 @@
 //! while the previous one is put together. Nothing is written to disk but the writer's spool, which is no larger than the
 //! layer that it becomes.
 //!
-//! Memory: the writers keep their work in flight below 64 MiB at the usual chunk sizes; queues and unconfirmed pieces of an
-//! upload add 20 MiB. Twice that stays below the 256 MiB that a conversion may take. Chunks above [`LARGE_CHUNK`] are
-//! held several times over, and high levels of zstd need much memory; with those there is one layer at a time.
+//! Memory: a writer takes less than 100 MiB, queues and unconfirmed pieces of an upload add 20 MiB. Twice that stays below the
+//! 256 MiB that a conversion may take. What a writer keeps of each entry adds to that: layers above [`LARGE_LAYER`] may have
+//! a million of them and go alone. So do all layers with chunks above [`LARGE_CHUNK`], which are held several times over, and
+//! with levels of zstd from [`LARGE_LEVEL`] on.
 
 pub mod earlier;
 mod layer;
@@ -29,6 +30,7 @@ use futures::{StreamExt, TryStreamExt};
 use peel_image::write::Format;
 use peel_image::{Digest, media};
 use peel_registry::{ClientOptions, ImageName, ResolvedImage, Source, Target};
+use tokio::sync::Semaphore;
 
 use earlier::{Earlier, MadeImage};
 use layer::{Done, Job, Shared};
@@ -40,6 +42,8 @@ use toc_image::Toc;
 
 /// Layers that are converted at the same time.
 const AT_ONCE: usize = 2;
+/// Layers larger than this, in compressed bytes, are converted alone.
+const LARGE_LAYER: u64 = 256 << 20;
 /// Chunks larger than this, in bytes, are converted one layer at a time.
 const LARGE_CHUNK: u64 = 8 << 20;
 
@@ -304,14 +308,23 @@ impl Conversion<'_> {
     /// Converts all layers; in the order of the jobs.
     async fn layers(&self, shared: &Shared<'_>, jobs: &Jobs) -> anyhow::Result<Vec<Done>> {
         let count = jobs.jobs.len();
+        let at_once = self.settings.at_once();
+        let room = &Semaphore::new(at_once);
         let mut done: Vec<(usize, Done)> = futures::stream::iter(jobs.jobs.iter().enumerate())
             .map(|(number, job)| async move {
+                let all = job.descriptor.size() > LARGE_LAYER;
+                let share = if all {
+                    u32::try_from(at_once).unwrap_or(u32::MAX)
+                } else {
+                    1
+                };
+                let _room = room.acquire_many(share).await.context("room for a layer")?;
                 let done = shared.layer(job).await.with_context(|| {
                     format!("layer {} of {count} ({})", number + 1, job.descriptor.digest())
                 })?;
                 anyhow::Ok((number, done))
             })
-            .buffer_unordered(self.settings.at_once())
+            .buffer_unordered(at_once)
             .try_collect()
             .await?;
         done.sort_by_key(|(number, _)| *number);
