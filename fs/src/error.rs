@@ -62,12 +62,22 @@ pub enum Error {
         reason: String,
     },
     /// The layers do not merge into a tree.
-    #[error("{image}: {source}")]
+    #[error("{image}: {source} (that layer is {layer})")]
     Tree {
         /// The image as the user wrote it.
         image: String,
+        /// Digest of the blob of the layer that does not fit.
+        layer: Digest,
         /// Why they do not.
         source: Box<peel_image::tree::TreeError>,
+    },
+    /// The tree is none that a file system can show.
+    #[error("{image}: {source}")]
+    Unshowable {
+        /// The image as the user wrote it.
+        image: String,
+        /// What cannot be shown.
+        source: peel_store::Error,
     },
     /// A mount could not be made or changed.
     #[error("{what}: {step}: {source}{}", shown(messages))]

@@ -359,6 +359,7 @@ fn build(
     order: Option<&str>,
     early: Option<&Early>,
 ) -> Result<PathBuf, Error> {
+    let digests: Vec<Digest> = layers.iter().map(|layer| layer.report.digest).collect();
     let (indexes, rest): (Vec<LayerIndex>, Vec<(Digest, Option<Blob>)>) = layers
         .into_iter()
         .map(|layer| (layer.index, (layer.key, layer.lazy)))
@@ -367,6 +368,10 @@ fn build(
         let merged = scope.spawn(|| -> Result<PathBuf, Error> {
             let tree = Tree::merge(&indexes).map_err(|source| Error::Tree {
                 image: job.image.clone(),
+                layer: usize::try_from(source.layer())
+                    .ok()
+                    .and_then(|layer| digests.get(layer).copied())
+                    .unwrap_or(record.manifest_digest),
                 source: Box::new(source),
             })?;
             tracing::debug!(image = %job.image, inodes = tree.inodes.len(), "layers merged");
@@ -374,7 +379,11 @@ fn build(
                 .shared
                 .engine
                 .store
-                .put_erofs_image(&record.manifest_digest, &tree)?;
+                .put_erofs_image(&record.manifest_digest, &tree)
+                .map_err(|source| Error::Unshowable {
+                    image: job.image.clone(),
+                    source,
+                })?;
             tracing::debug!(image = %job.image, "EROFS image written");
             Ok(erofs)
         });

@@ -198,6 +198,25 @@ pub enum TreeError {
     },
 }
 
+impl TreeError {
+    /// The layer that cannot be merged, counted from 0, the lowest.
+    pub fn layer(&self) -> u32 {
+        match self {
+            Self::LinkMissing { layer, .. }
+            | Self::LinkToDirectory { layer, .. }
+            | Self::LinkLoop { layer, .. }
+            | Self::ParentNotDirectory { layer, .. }
+            | Self::SymlinkLoop { layer, .. }
+            | Self::TooDeep { layer, .. }
+            | Self::Whiteout { layer, .. }
+            | Self::Root { layer, .. }
+            | Self::NoDigest { layer, .. }
+            | Self::EmptyDigest { layer, .. }
+            | Self::TooManyInodes { layer } => *layer,
+        }
+    }
+}
+
 impl Tree {
     /// Merges `layers`, lowest first.
     pub fn merge(layers: &[LayerIndex]) -> Result<Self, TreeError> {

@@ -36,14 +36,63 @@ impl Tar {
 
     /// Any entry: name, type flag, link target, mode, contents.
     #[must_use]
-    pub fn entry(mut self, name: &str, kind: u8, link: &str, mode: u32, contents: &[u8]) -> Self {
+    pub fn entry(self, name: &str, kind: u8, link: &str, mode: u32, contents: &[u8]) -> Self {
+        self.node(name.as_bytes(), kind, link, mode, (0, 0), contents)
+    }
+
+    /// A character device; numbers beyond seven octal digits are written in base 256.
+    #[must_use]
+    pub fn device(self, name: &str, major: u64, minor: u64) -> Self {
+        self.node(name.as_bytes(), b'3', "", 0o600, (major, minor), b"")
+    }
+
+    /// An extended header before the next entry.
+    #[must_use]
+    pub fn pax(self, key: &str, value: &[u8]) -> Self {
+        let body = [b" ", key.as_bytes(), b"=", value, b"\n"].concat();
+        let mut length = body.len() + 1;
+        while length.to_string().len() + body.len() != length {
+            length = length.to_string().len() + body.len();
+        }
+        let record = [length.to_string().as_bytes(), &body].concat();
+        self.node(b"pax", b'x', "", 0o644, (0, 0), &record)
+    }
+
+    /// The stream with so many of its last bytes cut off and no end.
+    #[must_use]
+    pub fn cut(mut self, bytes: usize) -> Vec<u8> {
+        self.bytes.truncate(self.bytes.len() - bytes);
+        self.bytes
+    }
+
+    /// Any entry at all.
+    #[must_use]
+    pub fn node(
+        mut self,
+        name: &[u8],
+        kind: u8,
+        link: &str,
+        mode: u32,
+        (major, minor): (u64, u64),
+        contents: &[u8],
+    ) -> Self {
         let mut header = [0_u8; RECORD];
+        let number = |value: u64| -> Vec<u8> {
+            match value {
+                0..=0o777_7777 => format!("{value:07o}\0").into_bytes(),
+                _ => {
+                    let mut bytes = value.to_be_bytes().to_vec();
+                    bytes[0] |= 0x80;
+                    bytes
+                }
+            }
+        };
         let mut put = |at: usize, text: &[u8]| header[at..at + text.len()].copy_from_slice(text);
         assert!(
             name.len() <= 100 && link.len() <= 100,
             "these headers have no room for long names"
         );
-        put(0, name.as_bytes());
+        put(0, name);
         put(100, format!("{mode:07o}\0").as_bytes());
         put(108, b"0000000\0");
         put(116, b"0000000\0");
@@ -53,6 +102,10 @@ impl Tar {
         put(156, &[kind]);
         put(157, link.as_bytes());
         put(257, b"ustar\x0000");
+        if kind == b'3' {
+            put(329, &number(major));
+            put(337, &number(minor));
+        }
         let sum: u32 = header.iter().map(|byte| u32::from(*byte)).sum();
         header[148..156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
         self.bytes.extend_from_slice(&header);
@@ -157,6 +210,81 @@ impl Layer {
             annotations: BTreeMap::new(),
             suffix: "+gzip",
         }
+    }
+
+    /// A layer in any format that the writer has.
+    pub fn written(tar: &[u8], format: write::Format) -> Result<Self, write::WriteError> {
+        let options = write::Options {
+            format,
+            ..write::Options::default()
+        };
+        let mut blob = Vec::new();
+        let written = write::write(tar, Cursor::new(Vec::new()), &mut blob, &options)?;
+        let suffix = if written.media_type.ends_with("+zstd") {
+            "+zstd"
+        } else {
+            "+gzip"
+        };
+        Ok(Self {
+            blob,
+            diff_id: written.diff_id,
+            toc: None,
+            annotations: written.annotations,
+            suffix,
+        })
+    }
+
+    /// A layer in Podman's dialect of zstd:chunked with its table of contents changed, as [`Layer::with_contents`].
+    #[must_use]
+    pub fn with_podman_contents(mut self, change: impl FnOnce(&mut Vec<Value>)) -> Self {
+        use peel_image::annotations::{
+            PODMAN_MANIFEST_CHECKSUM, PODMAN_MANIFEST_POSITION, PODMAN_TARSPLIT_POSITION,
+        };
+        let place = |name: &str| -> Vec<usize> {
+            let text = &self.annotations[name];
+            text.split(':').map(|number| number.parse().unwrap()).collect()
+        };
+        let (toc, split) = (place(PODMAN_MANIFEST_POSITION), place(PODMAN_TARSPLIT_POSITION));
+        let bytes = |place: &[usize]| self.blob[place[0]..][..place[1]].to_vec();
+        let mut json: Value =
+            serde_json::from_slice(&zstd::decode_all(bytes(&toc).as_slice()).unwrap()).unwrap();
+        change(json["entries"].as_array_mut().unwrap());
+        let json = serde_json::to_vec(&json).unwrap();
+        let compressed = zstd::encode_all(json.as_slice(), 3).unwrap();
+        let lines = bytes(&split);
+        let start = toc[0] - 8;
+        let frame = |payload: &[u8]| {
+            let length = u32::try_from(payload.len()).unwrap();
+            [&[0x50, 0x2a, 0x4d, 0x18][..], &length.to_le_bytes(), payload].concat()
+        };
+        let second = toc[0] + compressed.len() + 8;
+        let mut footer = Vec::new();
+        for number in [
+            toc[0],
+            compressed.len(),
+            json.len(),
+            1,
+            second,
+            lines.len(),
+            split[2],
+        ] {
+            footer.extend_from_slice(&(number as u64).to_le_bytes());
+        }
+        footer.extend_from_slice(b"GNUlInUx");
+        let tail = [frame(&compressed), frame(&lines), frame(&footer)].concat();
+        self.blob.truncate(start);
+        self.blob.extend_from_slice(&tail);
+        let mut put = |name: &str, value: String| self.annotations.insert(name.to_owned(), value);
+        put(PODMAN_MANIFEST_CHECKSUM, Digest::of(&compressed).to_string());
+        put(
+            PODMAN_MANIFEST_POSITION,
+            format!("{}:{}:{}:1", toc[0], compressed.len(), json.len()),
+        );
+        put(
+            PODMAN_TARSPLIT_POSITION,
+            format!("{second}:{}:{}", lines.len(), split[2]),
+        );
+        self
     }
 
     /// Digest of the blob.

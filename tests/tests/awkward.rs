@@ -1,0 +1,439 @@
+//! Tar streams on which the big tools disagree, and what peel makes of each: the rows of the table "Who does what" in
+//! ARCHITECTURE.md. Every stream is mounted as an ordinary gzip layer, and again in every lazy format that can hold it: the
+//! tree must be the same.
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on fails where it is")]
+
+use std::ffi::OsStr;
+use std::fs;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::Path;
+
+use peel_image::write::{Dialect, Format};
+use peel_tests::image::{Layer, Tar, push};
+use peel_tests::world::{World, errors};
+
+/// What must come of an image.
+#[derive(Debug, Clone, Copy)]
+enum Outcome {
+    /// This listing.
+    Tree(&'static str),
+    /// A refusal that says this.
+    Refused(&'static str),
+}
+use Outcome::{Refused, Tree};
+
+struct Case {
+    name: &'static str,
+    layers: Vec<Vec<u8>>,
+    outcome: Outcome,
+}
+
+fn case(name: &'static str, tars: &[Tar], outcome: Outcome) -> Case {
+    Case {
+        name,
+        layers: tars.iter().map(|tar| tar.clone().finish()).collect(),
+        outcome,
+    }
+}
+
+fn t() -> Tar {
+    Tar::new()
+}
+
+fn cases() -> Vec<Case> {
+    let long = |name: &[u8]| t().pax("path", name).file("short", b"x");
+    let deep = vec!["d".repeat(200); 21].join("/");
+    let mut cases = vec![
+        // Names.
+        case("absolute name", &[t().file("/abs", b"x")], Tree("abs f=x")),
+        case(
+            "dots above the root",
+            &[t().file("../../up", b"x")],
+            Tree("up f=x"),
+        ),
+        case(
+            "dots inside",
+            &[t().dir("a").file("a/../b", b"x")],
+            Tree("a d755; b f=x"),
+        ),
+        case(
+            "not UTF-8",
+            &[t().node(b"\xff\xfe", b'0', "", 0o644, (0, 0), b"x")],
+            Tree("\u{fffd}\u{fffd} f=x"),
+        ),
+        case(
+            "a component of 255 bytes",
+            &[long(&[b'n'; 255])],
+            Tree("n*255 f=x"),
+        ),
+        case(
+            "a component of 256 bytes",
+            &[long(&[b'n'; 256])],
+            Refused("more than 255 bytes"),
+        ),
+        case(
+            "a path above PATH_MAX",
+            &[long(format!("{deep}/x").as_bytes())],
+            Refused("longer than 4095 bytes"),
+        ),
+        case("a NUL in a name", &[long(b"a\0b")], Refused("NUL byte")),
+        // Order and duplicates.
+        case(
+            "a file twice",
+            &[t().file("a", b"first").file("a", b"second")],
+            Tree("a f=second"),
+        ),
+        case(
+            "a directory twice",
+            &[t().dir("a").file("a/x", b"x").entry("a", b'5', "", 0o700, b"")],
+            Tree("a d700; a/x f=x"),
+        ),
+        case(
+            "a file over a directory",
+            &[t().dir("a").file("a/x", b"x").file("a", b"y")],
+            Tree("a f=y"),
+        ),
+        case(
+            "a directory over a file",
+            &[t().file("a", b"y").dir("a").file("a/x", b"x")],
+            Tree("a d755; a/x f=x"),
+        ),
+        case(
+            "a symlink over a directory",
+            &[t().dir("a").file("a/x", b"x").symlink("a", "b")],
+            Tree("a ->b"),
+        ),
+        case(
+            "no entries for parents",
+            &[t().file("p/q/r", b"x")],
+            Tree("p d755; p/q d755; p/q/r f=x"),
+        ),
+        case(
+            "a parent after its child",
+            &[t().file("p/x", b"x").entry("p", b'5', "", 0o700, b"")],
+            Tree("p d700; p/x f=x"),
+        ),
+        // Hard links.
+        case(
+            "a hard link before its target",
+            &[t().hard_link("l", "a").file("a", b"x")],
+            Tree("a f=x n2; l f=x n2"),
+        ),
+        case(
+            "a hard link to itself",
+            &[t().hard_link("l", "l")],
+            Refused("hard link"),
+        ),
+        case(
+            "hard links in a circle",
+            &[t().hard_link("x", "y").hard_link("y", "x")],
+            Refused("hard link"),
+        ),
+        case(
+            "a hard link to a directory",
+            &[t().dir("d").hard_link("l", "d")],
+            Refused("is a directory"),
+        ),
+        case(
+            "a hard link to nothing",
+            &[t().hard_link("l", "nothing")],
+            Refused("does not exist"),
+        ),
+        case(
+            "a hard link out of the tree",
+            &[t().hard_link("l", "../../etc/hostname")],
+            Refused("does not exist"),
+        ),
+        case(
+            "a hard link to a symlink",
+            &[t().file("a", b"x").symlink("s", "a").hard_link("l", "s")],
+            Tree("a f=x; l ->a; s ->a"),
+        ),
+        case(
+            "a hard link to a lower layer",
+            &[t().file("a", b"x"), t().hard_link("l", "a")],
+            Tree("a f=x n2; l f=x n2"),
+        ),
+        // Symbolic links.
+        case(
+            "a file below a symlink",
+            &[t().dir("real").symlink("s", "real").file("s/x", b"x")],
+            Tree("real d755; real/x f=x; s ->real"),
+        ),
+        case(
+            "a file below a symlink to the outside",
+            &[t().symlink("s", "/var/tmp/peel-awkward").file("s/x", b"x")],
+            Tree(
+                "s ->/var/tmp/peel-awkward; var d755; var/tmp d755; var/tmp/peel-awkward d755; var/tmp/peel-awkward/x f=x",
+            ),
+        ),
+        case(
+            "a file below a symlink of a lower layer",
+            &[t().dir("real").symlink("s", "real"), t().file("s/x", b"x")],
+            Tree("real d755; s d755; s/x f=x"),
+        ),
+        case(
+            "a file below a file",
+            &[t().file("a", b"x").file("a/x", b"x")],
+            Refused("no directory"),
+        ),
+        case(
+            "an empty symlink",
+            &[t().symlink("s", "")],
+            Refused("symbolic link"),
+        ),
+        case(
+            "a symlink above PATH_MAX",
+            &[t().pax("linkpath", &[b't'; 4096]).symlink("s", "short")],
+            Refused("symbolic link"),
+        ),
+        // Devices.
+        case(
+            "a major number of 12 bits",
+            &[t().device("n", 4095, 1)],
+            Tree("n c4095:1"),
+        ),
+        case(
+            "a major number of 13 bits",
+            &[t().device("n", 4096, 1)],
+            Refused("beyond what Linux can name"),
+        ),
+        case(
+            "a minor number of 21 bits",
+            &[t().device("n", 1, 1 << 20)],
+            Refused("beyond what Linux can name"),
+        ),
+        case(
+            "a major number of 34 bits",
+            &[t().device("n", 1 << 33, 1)],
+            Refused("device major"),
+        ),
+        case(
+            "the device 0:0",
+            &[t().file("a", b"x"), t().device("a", 0, 0)],
+            Tree(""),
+        ),
+        // Whiteouts.
+        case(
+            "a whiteout",
+            &[t().file("a", b"x"), t().file(".wh.a", b"")],
+            Tree(""),
+        ),
+        case(
+            "a whiteout in its own layer",
+            &[t().file("a", b"x").file(".wh.a", b"")],
+            Tree("a f=x"),
+        ),
+        case(
+            "a whiteout of what the layer makes anew",
+            &[t().file("a", b"old"), t().file("a", b"new").file(".wh.a", b"")],
+            Tree("a f=new"),
+        ),
+        case(
+            "a whiteout of nothing",
+            &[t().file(".wh.", b"")],
+            Refused("whiteout of no name"),
+        ),
+        case(
+            "an opaque directory after its entries",
+            &[
+                t().dir("o").file("o/low", b"x"),
+                t().dir("o").file("o/new", b"x").file("o/.wh..wh..opq", b""),
+            ],
+            Tree("o d755; o/new f=x"),
+        ),
+        // Types and sizes.
+        case(
+            "a contiguous file",
+            &[t().entry("c", b'7', "", 0o644, b"x")],
+            Tree("c f=x"),
+        ),
+        case(
+            "an unknown type",
+            &[t().entry("c", b'Z', "", 0o644, b"x")],
+            Refused("unsupported entry type"),
+        ),
+        case(
+            "a hard link with a content",
+            &[t().file("a", b"x").entry("l", b'1', "a", 0o644, &[b'D'; 512])],
+            Refused("this is no tar header"),
+        ),
+    ];
+    cases.push(Case {
+        name: "no end of archive",
+        layers: vec![t().file("a", b"x").cut(0)],
+        outcome: Tree("a f=x"),
+    });
+    cases.push(Case {
+        name: "a content that is cut off",
+        layers: vec![t().file("a", &[b'x'; 5000]).cut(2000)],
+        outcome: Refused("ends too early"),
+    });
+    cases
+}
+
+/// All names below a directory, sorted, as `name type`; a regular file shows its content and, from two on, its links.
+fn listing(root: &Path) -> String {
+    let mut found = Vec::new();
+    let mut pending = vec![root.to_path_buf()];
+    while let Some(dir) = pending.pop() {
+        for entry in fs::read_dir(dir).unwrap() {
+            let path = entry.unwrap().path();
+            let metadata = path.symlink_metadata().unwrap();
+            let kind = metadata.file_type();
+            let what = if kind.is_dir() {
+                pending.push(path.clone());
+                format!("d{:o}", metadata.mode() & 0o7777)
+            } else if kind.is_symlink() {
+                format!("->{}", fs::read_link(&path).unwrap().display())
+            } else if kind.is_char_device() {
+                let number = metadata.rdev();
+                format!("c{}:{}", rustix::fs::major(number), rustix::fs::minor(number))
+            } else {
+                let content = String::from_utf8_lossy(&fs::read(&path).unwrap()).into_owned();
+                match metadata.nlink() {
+                    1 => format!("f={content}"),
+                    links => format!("f={content} n{links}"),
+                }
+            };
+            found.push((path.strip_prefix(root).unwrap().to_path_buf(), what));
+        }
+    }
+    found.sort();
+    let shown = |name: &OsStr| match name.as_bytes() {
+        [b'n', rest @ ..] if rest.len() > 100 => format!("n*{}", rest.len() + 1),
+        _ => name.to_string_lossy().into_owned(),
+    };
+    let lines: Vec<String> = found
+        .iter()
+        .map(|(path, what)| format!("{} {what}", shown(path.as_os_str())))
+        .collect();
+    lines.join("; ")
+}
+
+fn check(world: &World, what: &str, name: &str, outcome: Outcome, digests: &[String]) {
+    let dir = world.dir("root");
+    let output = world.run(&["mount", name, dir.to_str().unwrap()]);
+    if output.status.success() {
+        let found = listing(&dir);
+        world.umount(&dir);
+        match outcome {
+            Tree(expected) => assert_eq!(found, expected, "{what}"),
+            Refused(reason) => panic!("{what}: not refused ({reason}) but mounted: {found}"),
+        }
+    } else {
+        let message = errors(&output);
+        match outcome {
+            Tree(expected) => panic!("{what}: not {expected:?} but {message}"),
+            Refused(reason) => {
+                assert!(message.contains(reason), "{what}: {message}");
+                // What no file system can show is known only of the whole tree: there the image is named.
+                let named = digests.iter().any(|digest| message.contains(digest));
+                let named = named || reason.contains("Linux") && message.contains(name);
+                assert!(named, "{what}: no layer is named: {message}");
+            }
+        }
+    }
+}
+
+fn digests(layers: &[Layer]) -> Vec<String> {
+    layers.iter().map(|layer| layer.digest().to_string()).collect()
+}
+
+#[test]
+fn awkward_streams_mean_what_the_table_says() {
+    let world = World::new();
+    let registry = world.registry();
+    for (number, case) in cases().into_iter().enumerate() {
+        let layers: Vec<Layer> = case.layers.iter().map(|tar| Layer::plain(tar)).collect();
+        let name = push(&registry, "plain", &format!("t{number}"), &layers);
+        check(&world, case.name, &name, case.outcome, &digests(&layers));
+    }
+    assert!(!Path::new("/var/tmp/peel-awkward").exists());
+    world.assert_sound();
+}
+
+/// Formats with a table of contents, and cases that their writers refuse: JSON holds no names that are not UTF-8.
+const FORMATS: [(&str, Format, &[&str]); 4] = [
+    (
+        "eStargz",
+        Format::Estargz {
+            chunk_size: 0,
+            min_chunk_size: 0,
+            level: 6,
+            external_toc: false,
+            keep_diff_id: false,
+        },
+        &["not UTF-8"],
+    ),
+    (
+        "eStargz, shared members",
+        Format::Estargz {
+            chunk_size: 0,
+            min_chunk_size: 50_000,
+            level: 6,
+            external_toc: false,
+            keep_diff_id: false,
+        },
+        &["not UTF-8"],
+    ),
+    (
+        "zstd:chunked, stargz",
+        Format::ZstdChunked {
+            dialect: Dialect::Stargz,
+            chunk_size: 0,
+            level: 3,
+        },
+        &["not UTF-8"],
+    ),
+    (
+        "zstd:chunked, podman",
+        Format::ZstdChunked {
+            dialect: Dialect::Podman,
+            chunk_size: 0,
+            level: 3,
+        },
+        &["not UTF-8"],
+    ),
+];
+
+#[test]
+fn awkward_streams_mean_the_same_in_every_format() {
+    let world = World::new();
+    let registry = world.registry();
+    for (format_number, (format, options, not_writable)) in FORMATS.into_iter().enumerate() {
+        for (number, case) in cases().into_iter().enumerate() {
+            let what = format!("{format}: {}", case.name);
+            let written = case.layers.iter().map(|tar| Layer::written(tar, options));
+            let layers = match written.collect::<Result<Vec<Layer>, _>>() {
+                Ok(layers) => {
+                    assert!(!not_writable.contains(&case.name), "{what}: written");
+                    layers
+                }
+                Err(error) => {
+                    let mut message = error.to_string();
+                    let mut source = std::error::Error::source(&error);
+                    while let Some(error) = source {
+                        message = format!("{message}: {error}");
+                        source = error.source();
+                    }
+                    match case.outcome {
+                        Refused(reason) => assert!(message.contains(reason), "{what}: {message}"),
+                        Tree(_) => assert!(not_writable.contains(&case.name), "{what}: {message}"),
+                    }
+                    continue;
+                }
+            };
+            let name = push(
+                &registry,
+                &format!("f{format_number}"),
+                &format!("t{number}"),
+                &layers,
+            );
+            check(&world, &what, &name, case.outcome, &digests(&layers));
+        }
+    }
+    assert!(!Path::new("/var/tmp/peel-awkward").exists());
+    world.assert_sound();
+}
