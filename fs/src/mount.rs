@@ -56,10 +56,12 @@ pub(crate) fn fuse() -> Result<FuseMount, Error> {
     Ok(FuseMount { device, mount })
 }
 
-/// Mounts an EROFS image straight from its file (Linux 6.12), read-only and detached.
+/// Mounts an EROFS image straight from its file (Linux 6.12), read-only and detached. The file is named by its descriptor:
+/// an option of a file system context has at most 255 bytes (`fsconfig`), a path may have more.
 pub(crate) fn erofs(image: &Path) -> Result<OwnedFd, Error> {
+    let file = fs::File::open(image).map_err(Error::io(image, "open the EROFS image"))?;
     let context = Context::open("erofs", format!("EROFS image {}", image.display()))?;
-    context.string("source", &image.to_string_lossy())?;
+    context.string("source", &format!("/proc/self/fd/{}", file.as_raw_fd()))?;
     context.flag("ro")?;
     context.create()?;
     context.mount(MountAttrFlags::MOUNT_ATTR_RDONLY)

@@ -130,6 +130,13 @@ impl World {
         }
     }
 
+    /// The same with the store below a directory of this name.
+    #[must_use]
+    pub fn with_store_below(mut self, name: &str) -> Self {
+        self.store = self.dir(name).join("store");
+        self
+    }
+
     /// The same with a shorter wait for bytes that do not come, in seconds.
     #[must_use]
     pub fn with_read_deadline(mut self, seconds: u32) -> Self {
