@@ -1,5 +1,4 @@
 //! Stores in odd places.
-#![expect(clippy::unwrap_used, reason = "a test that cannot go on fails where it is")]
 
 use peel_tests::image::{Layer, Tar, noise, push};
 use peel_tests::world::{World, read};
