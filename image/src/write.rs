@@ -62,7 +62,7 @@ pub const DEFAULT_CHUNK_SIZE: u64 = 4 << 20;
 pub const MAX_CHUNK_SIZE: u64 = 32 << 20;
 /// Level of gzip and eStargz. On 300 MB of Debian's /usr in 12,000 files eStargz takes 0.6 of the CPU time of `pigz -6` and gives 1.06
 /// of its size (level 6: 0.45 and 1.065; 8: 0.9 and 1.055; 9: 1.2 and 1.054): what is missing is the context across files, which no
-/// level brings back.
+/// level brings back. Sharing members does: with `min_chunk_size` 256 KiB the size is that of `pigz -6`, for 0.75 of its CPU time.
 pub const DEFAULT_GZIP_LEVEL: i32 = 7;
 /// Level of zstd and zstd:chunked: that of zstd itself.
 pub const DEFAULT_ZSTD_LEVEL: i32 = 3;

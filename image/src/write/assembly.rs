@@ -130,22 +130,7 @@ where
             landmark: None,
             file_ends: HashMap::new(),
         };
-        for place in sequence.first {
-            assembly.add(*place, Role::Prioritized)?;
-        }
-        if let Some(landmark) = sequence.landmark {
-            assembly.add(landmark, Role::Landmark)?;
-        }
-        for place in sequence.rest {
-            assembly.add(*place, Role::Other)?;
-        }
-        assembly.end_stream()?;
-        assembly.send()?;
-        while assembly.collect()? {}
-        if !assembly.waiting.is_empty() {
-            return Err(WriteError::SpoolDamaged);
-        }
-        assembly.end_gap()?;
+        let outcome = assembly.add_all(&sequence);
         let Assembly {
             blob,
             messages,
@@ -155,7 +140,9 @@ where
             ..
         } = assembly;
         drop((messages, unhashed));
+        // An error of that thread is why others cannot reach it.
         let toc = toc.join().map_err(|_| WriteError::ThreadLost)??;
+        outcome?;
         Ok(Assembled {
             blob,
             toc,
@@ -286,6 +273,25 @@ struct Assembly<'s, S, W> {
 }
 
 impl<S: Read + Seek, W: Write> Assembly<'_, S, W> {
+    fn add_all(&mut self, sequence: &Sequence<'_>) -> Result<(), WriteError> {
+        for place in sequence.first {
+            self.add(*place, Role::Prioritized)?;
+        }
+        if let Some(landmark) = sequence.landmark {
+            self.add(landmark, Role::Landmark)?;
+        }
+        for place in sequence.rest {
+            self.add(*place, Role::Other)?;
+        }
+        self.end_stream()?;
+        self.send()?;
+        while self.collect()? {}
+        if !self.waiting.is_empty() {
+            return Err(WriteError::SpoolDamaged);
+        }
+        self.end_gap()
+    }
+
     fn add(&mut self, place: Place, role: Role) -> Result<(), WriteError> {
         let mut record = self.spool.read_record(place).map_err(WriteError::Spool)?;
         let entry = record.describe()?;

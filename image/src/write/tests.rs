@@ -14,6 +14,7 @@ use crate::path::EntryPath;
 use crate::tar::{self, TarKind};
 
 mod formats;
+mod round_trip;
 
 /// A tar entry of a test: name, what it is, content.
 type Made = (String, TarKind, Vec<u8>);

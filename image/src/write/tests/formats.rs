@@ -16,7 +16,7 @@ fn options(format: Format) -> Options {
     }
 }
 
-fn podman() -> Options {
+pub(super) fn podman() -> Options {
     options(Format::zstd_chunked(Dialect::Podman))
 }
 
@@ -58,7 +58,7 @@ fn position(notes: &BTreeMap<String, String>, name: &str) -> Vec<usize> {
 }
 
 /// TOC and tar-split data of a blob of Podman's dialect, found by its annotations, both decompressed.
-fn open_podman(blob: &[u8], notes: &BTreeMap<String, String>) -> (Value, Vec<u8>) {
+pub(super) fn open_podman(blob: &[u8], notes: &BTreeMap<String, String>) -> (Value, Vec<u8>) {
     let place = position(notes, annotations::PODMAN_MANIFEST_POSITION);
     let compressed = &blob[place[0]..place[0] + place[1]];
     assert_eq!(
@@ -89,7 +89,7 @@ fn without_places(toc: &Value) -> Vec<Value> {
 }
 
 /// Decodes every chunk that Podman's TOC names, and compares digests of chunks and files.
-fn check_podman(blob: &[u8], written: &Written) {
+pub(super) fn check_podman(blob: &[u8], written: &Written) {
     let (toc, split) = open_podman(blob, &written.annotations);
     assert_eq!(Digest::of(blob), written.blob_digest);
     let tar = unzstd(blob);
@@ -389,17 +389,12 @@ fn every_format_is_the_same_bytes_on_any_number_of_threads() {
             let (blob, written) = convert(&tar, &options(1));
             assert_eq!(Digest::of(&blob), written.blob_digest);
             assert_eq!(Digest::of(&decompress(&blob)), written.diff_id, "{format:?}");
-            for threads in [2, 5, 0] {
-                assert!(
-                    convert(&tar, &options(threads)) == (blob.clone(), written.clone()),
-                    "{format:?}"
-                );
-            }
+            assert!(convert(&tar, &options(3)) == (blob, written), "{format:?}");
         }
     }
 }
 
-fn formats() -> Vec<Format> {
+pub(super) fn formats() -> Vec<Format> {
     let mut formats = vec![
         Format::ESTARGZ,
         sharing(1000).format,
@@ -419,7 +414,7 @@ fn formats() -> Vec<Format> {
     formats
 }
 
-fn decompress(blob: &[u8]) -> Vec<u8> {
+pub(super) fn decompress(blob: &[u8]) -> Vec<u8> {
     let mut out = Vec::new();
     let guard = crate::compression::Guard::default();
     let (_, mut stream) = crate::compression::decoder(std::io::Cursor::new(blob.to_vec()), guard).unwrap();
@@ -692,130 +687,4 @@ fn what_cannot_be_kept_is_an_error() {
     ));
     let (blob, written) = convert(&labelled, &podman());
     check_podman(&blob, &written);
-}
-
-#[test]
-fn a_hole_as_long_as_a_layer_takes_no_room() {
-    /// Headers, zeros without end, and the rest.
-    struct Zeros {
-        before: std::io::Cursor<Vec<u8>>,
-        zeros: u64,
-        after: std::io::Cursor<Vec<u8>>,
-    }
-    impl Read for Zeros {
-        fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-            let count = self.before.read(buffer)?;
-            if count > 0 || buffer.is_empty() {
-                return Ok(count);
-            }
-            if self.zeros == 0 {
-                return self.after.read(buffer);
-            }
-            let count = buffer.len().min(usize::try_from(self.zeros).unwrap());
-            buffer[..count].fill(0);
-            self.zeros -= count as u64;
-            Ok(count)
-        }
-    }
-    let (zeros, length) = (300 << 20, (300 << 20) + 3);
-    let header = tar::write::encode_header(&tar::write::NewEntry {
-        name: b"big",
-        metadata: &Metadata::default(),
-        kind: &TarKind::Regular { size: length },
-        user_name: b"",
-        group_name: b"",
-    })
-    .unwrap();
-    let mut after = b"end".to_vec();
-    after.resize(512, 0);
-    after.extend_from_slice(&tar_of(&[file("z", b"z")]));
-    let input = Zeros {
-        before: std::io::Cursor::new(header),
-        zeros,
-        after: std::io::Cursor::new(after),
-    };
-    let mut blob = Vec::new();
-    let written = write(input, tempfile::tempfile().unwrap(), &mut blob, &podman()).unwrap();
-    assert!(blob.len() < 100_000, "{}", blob.len());
-    let (toc, _) = open_podman(&blob, &written.annotations);
-    assert_eq!(toc["entries"][0]["chunkType"], "zeros");
-    assert_eq!(toc["entries"][0]["chunkSize"], zeros);
-    assert_eq!(toc["entries"][1]["chunkSize"], 3);
-    assert_eq!(toc["entries"][2]["name"], "z");
-    let mut hasher = crate::digest::Hasher::new();
-    let mut stream = zstd::stream::Decoder::new(blob.as_slice()).unwrap();
-    let mut buffer = vec![0; 1 << 20];
-    loop {
-        let count = stream.read(&mut buffer).unwrap();
-        if count == 0 {
-            break;
-        }
-        hasher.update(&buffer[..count]);
-    }
-    assert_eq!(hasher.finish(), written.diff_id);
-}
-
-proptest! {
-    #![proptest_config(ProptestConfig::with_cases(48))]
-
-    #[test]
-    fn every_layer_round_trips_through_every_format(
-        entries in proptest::collection::vec(
-            ("[ab]{1,2}(/[ab]{1,2}){0,2}", 0usize..8, prop_oneof![Just(0usize), 1usize..3000, Just(512usize), Just(200_000usize)], any::<bool>()),
-            0..20,
-        ),
-        paths in proptest::collection::vec("[ab]{1,2}(/[ab]{1,2}){0,2}", 0..4),
-        threads in 1usize..4,
-        trailer in 0usize..3,
-    ) {
-        let made: Vec<Made> = entries
-            .iter()
-            .enumerate()
-            .map(|(index, (name, kind, size, zeros))| match kind {
-                0 => dir(name),
-                1 => link(name, "a"),
-                2 => (name.clone(), TarKind::Symlink(b"../x".as_slice().into()), vec![]),
-                _ => {
-                    let mut content = noise(*size, index as u64);
-                    if *zeros && *size > 2000 {
-                        content[300..1900].fill(0);
-                    }
-                    file(name, &content)
-                }
-            })
-            .collect();
-        let mut tar = tar_of(&made);
-        tar.extend_from_slice(&vec![0; trailer * 512]);
-        let mut trees = Vec::new();
-        for format in formats() {
-            let keeps = matches!(format, Format::Estargz { keep_diff_id: true, .. });
-            let options = Options {
-                format,
-                prioritized: if keeps { vec![] } else { paths.iter().map(|path| path.clone().into_bytes()).collect() },
-                threads,
-                ..Options::default()
-            };
-            let (blob, written) = convert(&tar, &options);
-            let unpacked = decompress(&blob);
-            prop_assert_eq!(Digest::of(&unpacked), written.diff_id);
-            match format {
-                Format::ZstdChunked { dialect: Dialect::Podman, .. } => check_podman(&blob, &written),
-                Format::Estargz { external_toc: false, .. } => check(&blob, &written),
-                Format::Gzip { .. } | Format::Zstd { .. } | Format::Plain => prop_assert!(unpacked == tar),
-                _ if keeps => prop_assert!(unpacked == tar),
-                _ => {}
-            }
-            // Of every path the last entry, whatever its place.
-            let mut last = std::collections::BTreeMap::new();
-            for (entry, content) in list(&unpacked) {
-                if !crate::estargz::is_reserved(entry.path.as_bytes()) {
-                    last.insert(entry.path.clone(), (entry.kind, entry.metadata, content));
-                }
-            }
-            trees.push(last);
-        }
-        for tree in &trees {
-            prop_assert!(tree == &trees[0]);
-        }
-    }
 }
