@@ -26,6 +26,8 @@ use crate::layers;
 
 /// How often a layer is begun again when a registry has lost its upload.
 const RESTARTS: u32 = 3;
+/// From which of these on it is sent only once it is whole: such a registry may not be able to take pieces.
+const WHOLE_FROM: u32 = 2;
 
 /// A layer to convert.
 #[derive(Debug, Clone)]
@@ -141,7 +143,10 @@ impl Shared<'_> {
         let mut restarts = 0;
         loop {
             let counted = Arc::new(AtomicU64::new(0));
-            let error = match self.convert(&blob, job, &options, recipe, &counted).await {
+            let error = match self
+                .convert(&blob, job, &options, recipe, (&counted, restarts))
+                .await
+            {
                 Ok(done) => return Ok(done),
                 Err(error) => error,
             };
@@ -300,10 +305,13 @@ impl Shared<'_> {
         job: &Job,
         options: &Options,
         recipe: Digest,
-        counted: &Arc<AtomicU64>,
+        (counted, restarts): (&Arc<AtomicU64>, u32),
     ) -> anyhow::Result<Done> {
         let hash = !keeps_tar(options.format, job);
-        let mut upload = self.target.begin_blob().await?;
+        let mut upload = match restarts {
+            WHOLE_FROM.. => self.target.begin_whole_blob().await?,
+            _ => self.target.begin_blob().await?,
+        };
         let compressed = layers::reader(blob, &Handle::current()).await?;
         let compressed = Counted::new(compressed, Arc::clone(&self.progress), Arc::clone(counted));
         let (sink, pieces) = stream::sink();

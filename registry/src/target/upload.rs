@@ -37,10 +37,20 @@ impl fmt::Debug for Going {
 impl Target {
     /// Begins a blob whose digest and size are not known yet. No request is made before there is more than a piece of it.
     pub async fn begin_blob(&self) -> Result<BlobUpload, Error> {
+        self.begin(false).await
+    }
+
+    /// The same for a registry that has lost uploads in pieces: the blob is gathered in a temporary file and sent at its end.
+    pub async fn begin_whole_blob(&self) -> Result<BlobUpload, Error> {
+        self.begin(true).await
+    }
+
+    async fn begin(&self, whole: bool) -> Result<BlobUpload, Error> {
         let going = match &self.home {
             Home::Registry(push) => {
                 let what = "upload of a new blob".to_owned();
-                Going::Registry(Box::new(Pieces::new(Arc::clone(push), what, None)))
+                let pieces = Pieces::new(Arc::clone(push), what, None);
+                Going::Registry(Box::new(if whole { pieces.whole() } else { pieces }))
             }
             Home::Layout { writer, .. } => {
                 let writer = writer.clone();

@@ -129,6 +129,10 @@ async fn registries_that_forget_are_told_apart() {
             Box::new(|seen, _| (seen.method == "PATCH" && seen.number > 1).then(|| status(416))),
         ),
         (
+            "it takes one piece but not another",
+            Box::new(|seen, _| (seen.method == "PATCH" && seen.number > 1).then(|| status(400))),
+        ),
+        (
             "it forgets at the end",
             Box::new(move |seen, _| (seen.method == "PUT").then(gone)),
         ),
@@ -156,6 +160,26 @@ async fn registries_without_pieces_get_the_blob_whole() {
         let log = methods(&fake);
         assert!(log.ends_with("DELETE HEAD POST PUT"), "{code}: {log}");
     }
+}
+
+#[tokio::test]
+async fn a_blob_is_sent_whole_where_pieces_get_lost() {
+    let (fake, state) = registry(|seen, _| (seen.method == "PATCH").then(|| status(400))).await;
+    let target = target(&fake, "app").await;
+    for content in [data(1000), data(2 * PIECE + 5)] {
+        let mut upload = target.begin_whole_blob().await.unwrap();
+        for part in content.chunks(128 << 10) {
+            upload.write(part.to_vec().into()).await.unwrap();
+        }
+        assert!(
+            upload
+                .finish(Digest::of(&content), content.len() as u64)
+                .await
+                .unwrap()
+        );
+        assert!(state.lock().unwrap().bytes == content);
+    }
+    assert_eq!(methods(&fake), "HEAD POST PUT HEAD POST PUT");
 }
 
 #[tokio::test]

@@ -29,7 +29,7 @@ const PIECE: usize = 8 << 20;
 const MAX_PIECE: usize = 64 << 20;
 /// How often a registry may disagree about its offset, without any broken connection, before the upload counts as lost.
 const MAX_DISAGREEMENTS: u32 = 3;
-/// Answers to a first piece by registries that take none.
+/// Answers to a piece by registries that take none, or not another one.
 const TAKES_NO_PIECES: [u16; 7] = [400, 404, 405, 411, 415, 416, 501];
 
 /// A blob on its way.
@@ -46,6 +46,8 @@ pub(crate) struct Pieces {
     /// All bytes so far.
     size: u64,
     state: State,
+    /// Gather everything, even if the registry might take pieces.
+    whole: bool,
 }
 
 #[derive(Debug)]
@@ -70,7 +72,13 @@ impl Pieces {
             piece: PIECE,
             size: 0,
             state: State::New(opened),
+            whole: false,
         }
+    }
+
+    /// Sends all in one PUT, whatever the registry might take.
+    pub(crate) fn whole(self) -> Self {
+        Self { whole: true, ..self }
     }
 
     /// Takes the next bytes; sends a piece once there are enough of them.
@@ -98,6 +106,10 @@ impl Pieces {
         let State::New(opened) = &mut self.state else {
             return Ok(());
         };
+        if self.whole {
+            self.state = State::Whole(temporary().await?);
+            return Ok(());
+        }
         let (location, least) = match opened.take() {
             Some(location) => (location, None),
             None => self.push.open(&self.what).await?,
@@ -233,7 +245,7 @@ impl Push {
                 return Ok(());
             };
             let said = fault.error.to_string();
-            if uploading.offset > 0 && is_status(&fault.error, &[404, 416]) {
+            if uploading.offset > 0 && takes_no_pieces(&fault.error) {
                 disagreements += 1;
                 if disagreements > MAX_DISAGREEMENTS {
                     return Err(self.lost(uploading, said));
