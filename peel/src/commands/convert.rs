@@ -3,6 +3,7 @@
 pub(super) mod format;
 pub(super) mod select;
 
+use std::collections::HashMap;
 use std::io::Write;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -70,7 +71,9 @@ pub(super) fn convert(
         .parts
         .iter()
         .flat_map(|part| part.image.manifest.layers());
-    let total = layers.map(oci_spec::image::Descriptor::size).sum();
+    // Layers that several platforms share are read once.
+    let sizes: HashMap<_, _> = layers.map(|layer| (layer.digest(), layer.size())).collect();
+    let total = sizes.values().sum();
     let progress = Arc::new(AtomicU64::new(0));
     let conversion = Conversion {
         source: &selection.open.source,
