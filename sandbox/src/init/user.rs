@@ -22,8 +22,8 @@ pub(super) struct Account {
     pub(super) home: Vec<u8>,
 }
 
-/// Finds the user. `read` gives a file's contents, `None` when it is not there. Rules: a name must be in /etc/passwd; an
-/// id need not be, and has group 0 then; a group that is given replaces the user's own and its supplementary ones.
+/// Finds the user. `read` gives a file's contents, `None` when it is not there. Rules: digits are an id, all else a name; a
+/// name must be in /etc/passwd; an id need not be, and has group 0 then; a group that is given replaces the user's own and its supplementary ones.
 pub(super) fn find(
     wanted: &str,
     read: &dyn Fn(&str) -> io::Result<Option<Vec<u8>>>,
@@ -40,8 +40,11 @@ pub(super) fn find(
         let [name, _, uid, ..] = fields.as_slice() else {
             return false;
         };
-        // Docker prefers the name also when it looks like a number.
-        *name == user.as_bytes() || (id.is_some() && number(uid) == id)
+        // A number is never taken for a name: an image could give the name `1000` the id 0 (CVE-2016-3697).
+        match id {
+            Some(_) => number(uid) == id,
+            None => *name == user.as_bytes(),
+        }
     });
     let fields = entry.as_deref();
     let field = |index: usize| fields.and_then(|fields| fields.get(index)).copied();
@@ -130,7 +133,7 @@ mod tests {
 
     #[test]
     fn users_by_name_and_id() {
-        let rows: [(&str, u32, u32, &[u32], &str); 10] = [
+        let rows: [(&str, u32, u32, &[u32], &str); 11] = [
             ("", 0, 0, &[0, 4], "/root"),
             ("root", 0, 0, &[0, 4], "/root"),
             ("www", 33, 34, &[4, 5], "/srv"),
@@ -140,7 +143,8 @@ mod tests {
             ("1000", 1000, 0, &[], "/"),
             ("1000:web", 1000, 34, &[], "/"),
             (":adm", 0, 4, &[], "/root"),
-            ("123", 77, 78, &[], "/odd"),
+            ("123", 123, 0, &[], "/"),
+            ("77", 77, 78, &[], "/odd"),
         ];
         for (wanted, uid, gid, groups, home) in rows {
             let expected = Account {
