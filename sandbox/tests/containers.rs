@@ -408,6 +408,16 @@ fn host_files() {
     symlink("/run/hosts", etc.join("hosts")).unwrap();
     let output = run(&root, shell("cat /run/hosts"));
     assert_eq!(output.stdout.into_bytes(), before);
+    // One that leads nowhere, too: images of virtual machines have such a resolv.conf.
+    fs::remove_file(root.path().join("run/hosts")).unwrap();
+    fs::remove_file(etc.join("hosts")).unwrap();
+    symlink("../run/deep/hosts", etc.join("hosts")).unwrap();
+    let output = run(&root, shell("cat /etc/hosts"));
+    assert_eq!(output.stdout.into_bytes(), before, "{}", output.stderr);
+    assert!(
+        !std::path::Path::new("/run/deep").exists(),
+        "made outside the root"
+    );
 }
 
 fn binds() {

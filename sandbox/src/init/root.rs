@@ -139,7 +139,7 @@ pub(super) fn enter(
             warnings.push(format!("it has no /sys/fs/cgroup: {error}"));
         }
     }
-    host_files.attach();
+    host_files.attach(warnings);
     for (tree, bind) in binds {
         let shown = String::from_utf8_lossy(&bind.destination);
         files::bind(&tree, &bind.destination).at(format!("binding to {shown}"))?;

@@ -56,12 +56,16 @@ impl HostFiles {
 
     /// Puts them into /etc; called inside the root. A root without a place for one, and without the chance to make one,
     /// goes without.
-    pub(super) fn attach(self) {
+    pub(super) fn attach(self, warnings: &mut Vec<String>) {
         for (name, tree) in self.0 {
             let path = format!("/etc/{name}");
-            // A link that leads nowhere is resolved by the container's program, not here.
-            if let Ok(target) = open_or_make_file(path.as_bytes()) {
-                let _unused = attach(tree.as_fd(), target.as_fd());
+            let done =
+                open_or_make_file(path.as_bytes()).and_then(|target| attach(tree.as_fd(), target.as_fd()));
+            // A read-only root without a place for one goes without.
+            if let Err(error) = done
+                && error.raw_os_error() != Some(libc::EROFS)
+            {
+                warnings.push(format!("{path} is the image's own: {error}"));
             }
         }
     }
@@ -85,12 +89,43 @@ pub(super) fn bind(tree: &OwnedFd, destination: &[u8]) -> io::Result<()> {
     attach(tree.as_fd(), target.as_fd())
 }
 
-/// Opens a file of the root as a place, making it and its directories where they are missing.
+/// Links in a row that are followed to a file that has to be made; the kernel follows as many (`MAXSYMLINKS`).
+const LINKS_MAX: usize = 40;
+
+/// Opens a file of the root as a place, making it and its directories where they are missing. A link that leads nowhere,
+/// as /etc/resolv.conf of an image that systemd-resolved ran in, gets what it leads to.
 fn open_or_make_file(path: &[u8]) -> io::Result<OwnedFd> {
-    match open_inside(path, OFlags::empty()) {
-        Err(Errno::NOENT) => {}
-        found => return Ok(found?),
+    let mut path = path.to_vec();
+    for _ in 0..LINKS_MAX {
+        match open_inside(&path, OFlags::empty()) {
+            Err(Errno::NOENT) => {}
+            found => return Ok(found?),
+        }
+        let Some(target) = dangling_link(&path)? else {
+            return make_file(&path);
+        };
+        path = target;
     }
+    Err(Errno::LOOP.into())
+}
+
+/// Where the link at `path` leads, as a path from the root; `None` when there is no link.
+fn dangling_link(path: &[u8]) -> io::Result<Option<Vec<u8>>> {
+    let link = match open_inside(path, OFlags::NOFOLLOW) {
+        Err(Errno::NOENT) => return Ok(None),
+        link => link?,
+    };
+    let target = rustix::fs::readlinkat(link, "", Vec::new())?.into_bytes();
+    if target.starts_with(b"/") {
+        return Ok(Some(target));
+    }
+    let parent = path.iter().rposition(|byte| *byte == b'/').unwrap_or(0);
+    let parent = path.get(..parent).unwrap_or_default();
+    Ok(Some([parent, b"/", target.as_slice()].concat()))
+}
+
+/// Makes a file and its directories.
+fn make_file(path: &[u8]) -> io::Result<OwnedFd> {
     let split = path.iter().rposition(|byte| *byte == b'/').unwrap_or(0);
     let (parent, name) = path.split_at(split);
     let name = name.strip_prefix(b"/").unwrap_or(name);
