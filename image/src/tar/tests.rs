@@ -226,6 +226,10 @@ fn malformed_streams_are_clear_errors() {
         header_of(b"name", &file),
         "\"name\" at byte 0: the stream ends too early, inside a file's content",
     );
+    check(
+        [header_of(b"name", &file), vec![b'c'; 9]].concat(),
+        "\"name\" at byte 0: the stream ends too early, inside a file's content",
+    );
     check(header_of(b"name", &file)[..100].to_vec(), "inside a header block");
     check(vec![b'x'; 512], "checksum");
     let fifo = header_of(b"first", &TarKind::Fifo);
@@ -360,4 +364,20 @@ fn a_failing_stream_is_named_as_such() {
     }
     let error = Reader::new(Broken).next_entry().unwrap_err();
     assert!(matches!(error.problem, TarProblem::Read(_)), "{error}");
+}
+
+#[test]
+fn the_padding_of_the_last_file_may_be_missing() {
+    let whole = [
+        header_of(b"name", &TarKind::Regular { size: 10 }),
+        vec![b'c'; 10],
+        vec![0; 502],
+    ]
+    .concat();
+    for length in [522, 600, 1023, 1024] {
+        let mut reader = Reader::new(&whole[..length]);
+        assert!(reader.next_entry().unwrap().is_some());
+        assert!(reader.next_entry().unwrap().is_none(), "{length} bytes");
+        assert_eq!(reader.finish().unwrap().size, 0, "{length} bytes");
+    }
 }
