@@ -10,12 +10,13 @@ use anyhow::Context;
 use peel_sandbox::Signaller;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
-/// After so many requests to end (SIGINT, SIGTERM) a container that ignores them is killed: a program that runs as pid 1
+/// After so many requests to end (SIGINT, SIGTERM, SIGHUP) a container that ignores them is killed: a program that runs as pid 1
 /// and has no handler cannot be ended in any other way.
 const REQUESTS_UNTIL_KILL: u32 = 3;
 
-/// Passes SIGINT, SIGTERM, SIGHUP, SIGQUIT, SIGUSR1 and SIGUSR2 on.
-pub fn forward(container: Signaller) -> anyhow::Result<()> {
+/// Passes SIGINT, SIGTERM, SIGHUP, SIGQUIT, SIGUSR1 and SIGUSR2 on; SIGTERM, which asks for the container's end, as its
+/// `stop_signal`.
+pub fn forward(container: Signaller, stop_signal: i32) -> anyhow::Result<()> {
     let container = Arc::new(container);
     let requests = Arc::new(AtomicU32::new(0));
     let kinds = [
@@ -27,14 +28,24 @@ pub fn forward(container: Signaller) -> anyhow::Result<()> {
         SignalKind::user_defined2(),
     ];
     listen(&kinds, move |kind| {
-        let asks = [SignalKind::interrupt(), SignalKind::terminate()].contains(&kind);
+        let asks = [
+            SignalKind::interrupt(),
+            SignalKind::terminate(),
+            SignalKind::hangup(),
+        ]
+        .contains(&kind);
+        let number = if kind == SignalKind::terminate() {
+            stop_signal
+        } else {
+            kind.as_raw_value()
+        };
         let result = if asks && requests.fetch_add(1, Ordering::Relaxed) + 1 >= REQUESTS_UNTIL_KILL {
             container.kill()
         } else {
-            container.signal(kind.as_raw_value())
+            container.signal(number)
         };
         if let Err(error) = result {
-            tracing::warn!("signal {} not passed on: {error}", kind.as_raw_value());
+            tracing::warn!("signal {number} not passed on: {error}");
         }
     })
 }

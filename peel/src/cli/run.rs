@@ -69,6 +69,9 @@ pub struct RunArgs {
     /// Working directory instead of the image's
     #[arg(short, long, value_name = "DIR")]
     pub workdir: Option<PathBuf>,
+    /// Signal that SIGTERM is passed on as, instead of the image's
+    #[arg(long, value_name = "SIGNAL", value_parser = signal)]
+    pub stop_signal: Option<String>,
     /// What the process is given.
     #[command(flatten)]
     pub process: ProcessArgs,
@@ -95,4 +98,14 @@ pub struct RunArgs {
     /// Command and arguments instead of the image's
     #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
     pub command: Vec<OsString>,
+}
+
+/// A signal's name or number.
+fn signal(text: &str) -> Result<String, String> {
+    match peel_sandbox::signal_number(text) {
+        Some(_) => Ok(text.to_owned()),
+        None => {
+            Err("no such signal; SIGTERM, TERM, 15 and SIGRTMIN+3 are known ways to write one".to_owned())
+        }
+    }
 }

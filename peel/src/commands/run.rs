@@ -8,15 +8,16 @@ mod relay;
 mod terminal;
 
 use std::fs::File;
-use std::io::Write;
-use std::os::fd::{AsFd, OwnedFd};
+use std::io::{IsTerminal, Write};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::process::ExitCode;
 use std::time::Instant;
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use peel_fs::Progress;
 use peel_sandbox::{Container, Isolation, Overrides, Process, Stdio};
+use rustix::fs::FileType;
 use serde::Serialize;
 
 use crate::cli::{Global, RunArgs};
@@ -47,6 +48,9 @@ struct Timing {
 /// Runs the container; the exit status is the container's.
 pub(super) fn run(global: &Global, args: &RunArgs) -> anyhow::Result<ExitCode> {
     let begin = Instant::now();
+    if args.tty && args.interactive && !std::io::stdin().is_terminal() {
+        bail!("-t with -i needs a terminal on standard input; leave -t out to pass other input on");
+    }
     let request = super::mount_request(global, &args.image, &args.load, !args.read_only)?;
     let overrides = overrides(args)?;
     let binds = args
@@ -90,8 +94,16 @@ pub(super) fn run(global: &Global, args: &RunArgs) -> anyhow::Result<ExitCode> {
     };
 
     let total = begin.elapsed();
+    // The status is the container's from here on, whatever became of the server meanwhile: it cleans up after a lost
+    // connection, and so does the next server after a lost server.
     if let Some(path) = &args.timing_file {
-        let stats = client.stats()?;
+        let stats = client.stats().unwrap_or_else(|error| {
+            tracing::warn!(
+                "the counters of the timing file are missing: {}",
+                describe(&error)
+            );
+            mounted.stats_before
+        });
         let timing = Timing {
             resolve_s: resolved.unwrap_or(mount).as_secs_f64(),
             mount_s: mount.as_secs_f64(),
@@ -102,7 +114,9 @@ pub(super) fn run(global: &Global, args: &RunArgs) -> anyhow::Result<ExitCode> {
         };
         write_timing(path, &timing)?;
     }
-    client.release(&mounted.id)?;
+    if let Err(error) = client.release(&mounted.id) {
+        tracing::warn!("the container's mount was not released: {}", describe(&error));
+    }
     Ok(ExitCode::from(u8::try_from(code).unwrap_or(u8::MAX)))
 }
 
@@ -114,7 +128,7 @@ fn overrides(args: &RunArgs) -> anyhow::Result<Overrides> {
         cwd: args.workdir.clone(),
         user: args.process.user.clone(),
         terminal: args.tty,
-        stop_signal: None,
+        stop_signal: args.stop_signal.clone(),
     })
 }
 
@@ -132,26 +146,32 @@ fn contain(
     args: &RunArgs,
     first_byte: &FirstByte,
 ) -> anyhow::Result<i32> {
-    let own_stdin = args
-        .interactive
-        .then(|| duplicate(std::io::stdin().as_fd()))
-        .transpose()?;
-    let (stdout, output) = if args.timing_file.is_some() && !args.tty {
-        let (reader, writer) = std::io::pipe().context("pipe")?;
-        (writer.into(), Some(reader))
-    } else {
-        (duplicate(std::io::stdout().as_fd())?, None)
+    let stop_signal = process.stop_signal_number().unwrap_or_else(|| {
+        tracing::warn!(
+            "the stop signal {:?} is none that this system knows",
+            process.stop_signal
+        );
+        libc::SIGTERM
+    });
+    let stdin = (args.interactive && !args.tty).then(|| Way::of(std::io::stdin().as_fd(), false));
+    let (stdin, input) = match stdin.transpose()?.map(Way::ends) {
+        None => (None, None),
+        Some((stdin, input)) => (Some(stdin), input),
     };
+    // Whoever measures wants to see the first byte go by.
+    let watched = args.timing_file.is_some() && !args.tty;
+    let (stdout, output) = Way::of(std::io::stdout().as_fd(), watched)?.ends();
+    let (stderr, errors) = Way::of(std::io::stderr().as_fd(), false)?.ends();
     let stdio = Stdio {
-        stdin: if args.tty { None } else { own_stdin },
+        stdin,
         stdout,
-        stderr: duplicate(std::io::stderr().as_fd())?,
+        stderr,
     };
     let mut container = Container::create(root, process, isolation, stdio)?;
     for warning in container.warnings() {
         tracing::warn!("{warning}");
     }
-    signals::forward(container.signaller())?;
+    signals::forward(container.signaller(), stop_signal)?;
     let screen = container
         .console()
         .map(|console| {
@@ -161,15 +181,16 @@ fn contain(
     if let Some(screen) = &screen {
         screen.follow_size(&container)?;
     }
-    let relay = output
-        .map(|output| {
-            relay::spawn(
-                "stdout",
-                File::from(OwnedFd::from(output)),
-                std::io::stdout(),
-                first_byte,
-            )
-        })
+    let unused = FirstByte::new(Instant::now());
+    if let Some(to) = input {
+        // Not joined: it ends with this process, or earlier with its input.
+        relay::spawn("stdin", std::io::stdin(), File::from(to), &unused)?;
+    }
+    let output = output
+        .map(|from| relay::spawn("stdout", File::from(from), std::io::stdout(), first_byte))
+        .transpose()?;
+    let errors = errors
+        .map(|from| relay::spawn("stderr", File::from(from), std::io::stderr(), &unused))
         .transpose()?;
     container.start()?;
     let exit = match &screen {
@@ -177,7 +198,7 @@ fn contain(
         None => container.wait()?,
     };
     // Everything of the container is gone, so both relays come to their end.
-    if let Some(relay) = relay {
+    for relay in [output, errors].into_iter().flatten() {
         relay.join();
     }
     if let Some(screen) = screen {
@@ -186,6 +207,51 @@ fn contain(
     Ok(exit.code())
 }
 
-fn duplicate(fd: std::os::fd::BorrowedFd<'_>) -> anyhow::Result<OwnedFd> {
+/// How one of the standard streams reaches the container.
+enum Way {
+    /// The same descriptor.
+    Direct(OwnedFd),
+    /// A pipe, which this process copies.
+    Through {
+        /// The container's end.
+        inside: OwnedFd,
+        /// This process' end.
+        outside: OwnedFd,
+    },
+}
+
+impl Way {
+    /// Pipes and sockets are handed on. A terminal or a file of the host is not: the program could read what is typed,
+    /// change the terminal's settings, or open the file anew through /proc/self/fd and truncate it. `copy`: not even a pipe.
+    fn of(stream: BorrowedFd<'_>, copy: bool) -> anyhow::Result<Self> {
+        let kind = FileType::from_raw_mode(rustix::fs::fstat(stream).context("standard stream")?.st_mode);
+        if !copy && matches!(kind, FileType::Fifo | FileType::Socket) {
+            return Ok(Self::Direct(duplicate(stream)?));
+        }
+        let (reader, writer) = std::io::pipe().context("pipe")?;
+        let (reader, writer) = (OwnedFd::from(reader), OwnedFd::from(writer));
+        Ok(if stream.as_raw_fd() == rustix::stdio::raw_stdin() {
+            Self::Through {
+                inside: reader,
+                outside: writer,
+            }
+        } else {
+            Self::Through {
+                inside: writer,
+                outside: reader,
+            }
+        })
+    }
+
+    /// The container's end, and this process' where it has to copy.
+    fn ends(self) -> (OwnedFd, Option<OwnedFd>) {
+        match self {
+            Self::Direct(fd) => (fd, None),
+            Self::Through { inside, outside } => (inside, Some(outside)),
+        }
+    }
+}
+
+fn duplicate(fd: BorrowedFd<'_>) -> anyhow::Result<OwnedFd> {
     fd.try_clone_to_owned().context("descriptor")
 }
