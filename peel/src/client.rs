@@ -276,14 +276,14 @@ fn start(store: &Path, global: &Global) -> anyhow::Result<()> {
     }
 }
 
+/// The log goes on where the server before left it: what that one said last is what people look for. Its size is bounded
+/// by [`crate::logging`].
 fn open_log(path: &Path) -> anyhow::Result<File> {
     OpenOptions::new()
         .create(true)
-        .truncate(true)
-        .write(true)
+        .append(true)
         .mode(0o600)
         .open(path)
-        .and_then(|_| OpenOptions::new().append(true).open(path))
         .with_context(|| format!("{}: cannot be written", path.display()))
 }
 

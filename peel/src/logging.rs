@@ -42,7 +42,7 @@ pub fn to_stderr(verbose: u8, format: LogFormat) {
     };
 }
 
-/// Logs to a file that is emptied first.
+/// Logs to the end of a file.
 pub fn to_file(path: &Path, verbose: u8, format: LogFormat) -> io::Result<()> {
     let file = OpenOptions::new()
         .create(true)

@@ -36,8 +36,11 @@ use socket::Listener;
 const SCAN_EVERY: Duration = Duration::from_secs(2);
 /// How often it looks whether it is idle.
 const TICK: Duration = Duration::from_millis(250);
-/// How long a new server waits for one that is ending to let go of the store.
-const PREDECESSOR: Duration = Duration::from_secs(10);
+/// How long a new server waits for one that is ending to let go of the store: that one writes everything out first, which
+/// takes long on a slow disk. Shorter than the client's patience with a server that starts.
+const PREDECESSOR: Duration = Duration::from_secs(240);
+/// The same for a server in the foreground: somebody is looking, and wants to hear that another one runs.
+const PREDECESSOR_FOREGROUND: Duration = Duration::from_secs(10);
 /// How often it looks.
 const PREDECESSOR_POLL: Duration = Duration::from_millis(5);
 /// How often what was fetched is made durable: after a power loss, only objects younger than this are hashed again.
@@ -165,11 +168,16 @@ fn prepare(store: &Path) -> anyhow::Result<PathBuf> {
 
 fn serve(root: &Path, args: &DaemonArgs) -> anyhow::Result<()> {
     let run_dir = RunDir::open(root)?;
+    let patience = if args.detached {
+        PREDECESSOR
+    } else {
+        PREDECESSOR_FOREGROUND
+    };
     let lock = run_dir
-        .lock(LOCK, PREDECESSOR)
+        .lock(LOCK, patience)
         .context("the store has a server already; stop that first, or use another --store")?;
     let store = Store::open(root)?;
-    lock_store(&store)?;
+    lock_store(&store, patience)?;
     let options = peel_fs::Options {
         read_deadline: read_deadline()?,
     };
@@ -206,8 +214,8 @@ fn serve(root: &Path, args: &DaemonArgs) -> anyhow::Result<()> {
 }
 
 /// Takes the store, waiting for a predecessor whose last threads are still ending.
-fn lock_store(store: &Store) -> Result<(), peel_store::Error> {
-    let deadline = Instant::now() + PREDECESSOR;
+fn lock_store(store: &Store, patience: Duration) -> Result<(), peel_store::Error> {
+    let deadline = Instant::now() + patience;
     loop {
         match store.lock() {
             Err(peel_store::Error::Locked { .. }) if Instant::now() < deadline => {

@@ -5,6 +5,7 @@
 #[path = "smoke/world.rs"]
 mod world;
 
+use std::io::{BufRead, BufReader, Write};
 use std::path::Path;
 
 use serde_json::Value;
@@ -125,6 +126,17 @@ fn signals_are_passed_on() {
     kill(running.pid(), "TERM");
     assert_eq!(running.line(), "got it");
     assert_eq!(running.wait().code(), Some(7));
+
+    // SIGTERM asks for the end, in the image's own way.
+    let script = "trap 'echo quit; exit 8' QUIT; echo up; while :; do sleep 0.02; done";
+    let mut stopped = vec!["run", "--stop-signal", "SIGQUIT"];
+    stopped.extend(host.iter().map(String::as_str));
+    stopped.extend([image.as_str(), "/usr/bin/sh", "-c", script]);
+    let mut running = world.start(&stopped);
+    assert_eq!(running.line(), "up");
+    kill(running.pid(), "TERM");
+    assert_eq!(running.line(), "quit");
+    assert_eq!(running.wait().code(), Some(8));
 
     let mut running = world.start(&arguments);
     assert_eq!(running.line(), "up");
@@ -318,6 +330,72 @@ fn a_killed_server_leaves_nothing_behind() {
     assert_eq!(world.ok(&["run", &image]), LINE);
     assert_eq!(world.scratch().len(), 1, "the second mount's layer must stay");
     world.ok(&["umount", text(&second)]);
+    world.assert_nothing_left();
+}
+
+#[test]
+fn a_mount_that_another_namespace_has_keeps_its_layer() {
+    let world = World::new();
+    let dir = world.dir("shared");
+    world.ok(&["mount", &world.vector("esgz"), text(&dir)]);
+    let script = format!(
+        "echo up; read go; echo late > {0}/etc/late; cat {0}/etc/late",
+        text(&dir)
+    );
+    let mut other = std::process::Command::new("unshare")
+        .args(["--mount", "--propagation", "private", "sh", "-c", &script])
+        .stdin(std::process::Stdio::piped())
+        .stdout(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut said = BufReader::new(other.stdout.take().unwrap());
+    let mut line = String::new();
+    said.read_line(&mut line).unwrap();
+    world.ok(&["umount", text(&dir)]);
+    writeln!(other.stdin.take().unwrap(), "go").unwrap();
+    said.read_line(&mut line).unwrap();
+    assert_eq!(line, "up\nlate\n");
+    assert!(other.wait().unwrap().success());
+    world.assert_nothing_left();
+}
+
+#[test]
+fn files_and_terminals_of_the_host_stay_out_of_reach() {
+    let world = World::new();
+    let log = world.path("log");
+    std::fs::write(&log, "before\n").unwrap();
+    let append = || std::fs::File::options().append(true).open(&log).unwrap();
+    let script = "echo out; echo err >&2; : > /proc/self/fd/1; : > /proc/self/fd/2; exit 3";
+    let mut arguments = vec!["run".to_owned()];
+    arguments.extend(world.host_programs());
+    arguments.extend([
+        world.vector("esgz"),
+        "/usr/bin/sh".into(),
+        "-c".into(),
+        script.into(),
+    ]);
+    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    let status = world
+        .command(&arguments)
+        .stdout(append())
+        .stderr(append())
+        .status()
+        .unwrap();
+    assert_eq!(status.code(), Some(3));
+    let mut lines: Vec<String> = std::fs::read_to_string(&log)
+        .unwrap()
+        .lines()
+        .map(str::to_owned)
+        .collect();
+    lines.sort();
+    assert_eq!(
+        lines,
+        ["before", "err", "out"],
+        "the program truncated a file of the host"
+    );
+    let output = world.run(&["run", "-i", "-t", &world.vector("esgz")]);
+    assert_eq!(output.status.code(), Some(125));
+    assert!(String::from_utf8_lossy(&output.stderr).contains("needs a terminal"));
     world.assert_nothing_left();
 }
 

@@ -138,8 +138,27 @@ impl Mounts {
     pub(super) fn release(&self, id: &str) {
         // Taken out first, so that neither the drop nor the removal happens under the lock.
         let kept = lock(&self.table).remove(id);
+        let device = kept
+            .as_ref()
+            .filter(|kept| kept.record.dir.is_some())
+            .map(|kept| kept.record.device);
         drop(kept);
+        // Another mount namespace may have what was mounted for good: then its layer stays until it is found gone. A
+        // container's mount went with the container.
+        if device.is_some_and(|device| self.is_mounted(device)) {
+            return;
+        }
         self.remove_files(id);
+    }
+
+    fn is_mounted(&self, device: DeviceNumber) -> bool {
+        match mountinfo::overlays_everywhere() {
+            Ok(everywhere) => everywhere.contains(&device),
+            Err(error) => {
+                tracing::warn!("looking for mounts in other namespaces: {error}");
+                true
+            }
+        }
     }
 
     fn remove_files(&self, id: &str) {

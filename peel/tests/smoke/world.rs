@@ -100,7 +100,7 @@ impl World {
         format!("oci:{}:{tag}", text(&self.vectors.join("oci")))
     }
 
-    fn command(&self, arguments: &[&str]) -> Command {
+    pub(crate) fn command(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new("timeout");
         command
             .args(["--foreground", "--kill-after=5", &DEADLINE.as_secs().to_string()])

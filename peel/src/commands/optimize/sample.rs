@@ -81,8 +81,9 @@ pub(super) fn run(args: &OptimizeArgs, mounted: &Mounted, root: OwnedFd) -> anyh
             break format!("was watched for {} s", begin.elapsed().as_secs());
         }
     };
-    let accesses = recorder.finish()?;
+    // First its end: a program that reads on would keep the recorder from ever coming to one.
     container.kill()?;
+    let accesses = recorder.finish()?;
     container.wait()?;
     for relay in relays {
         // A relay has no result.
