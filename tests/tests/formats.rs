@@ -276,7 +276,11 @@ fn tables_of_contents_beside_the_image() {
         &layout.name("never"),
     ]);
     assert!(!output.status.success());
-    assert!(errors(&output).contains("its DiffID cannot be kept"), "{}", errors(&output));
+    assert!(
+        errors(&output).contains("its DiffID cannot be kept"),
+        "{}",
+        errors(&output)
+    );
 }
 
 #[test]
