@@ -8,7 +8,7 @@ use std::collections::HashMap;
 
 use base64::Engine as _;
 
-use super::record::{Entry, Record};
+use super::record::{Entry, Kind, Record};
 use super::{Dialect, WriteError};
 use crate::digest::Digest;
 use crate::estargz::time;
@@ -136,7 +136,9 @@ impl Renderer {
         object.text("type", entry.kind.name())?;
         object.number("size", record.size);
         object.text("modtime", &time::format(seconds, nanoseconds))?;
-        object.text("linkName", &entry.link)?;
+        // An empty target is the root directory, which readers want to see.
+        let is_to_root = entry.kind == Kind::Hardlink && entry.link.is_empty();
+        object.text("linkName", if is_to_root { "/" } else { &entry.link })?;
         object.signed("mode", entry.mode & i64::from(MODE_MASK));
         object.number("uid", entry.uid.into());
         object.number("gid", entry.gid.into());
