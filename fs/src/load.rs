@@ -33,7 +33,7 @@ use crate::fetch::early::Early;
 use crate::fetch::layer::Layer;
 use crate::fetch::prefetch::Segment;
 use crate::service::{Image, Shared, Sources};
-use crate::{LayerReport, LoadRequest, Progress, PullPolicy};
+use crate::{LayerReport, LoadRequest, Progress, PullPolicy, verify};
 use layer::{Found, Indexed, LayerLoader};
 pub(crate) use whole::{PullFailure, inspect};
 
@@ -259,9 +259,11 @@ async fn fetch(
     for (position, task) in lazy.into_iter().enumerate() {
         let state = task.await.map_err(|_| Error::Stopping)??;
         let diff_id = diff_ids.get(position).copied();
+        let toc = image.manifest.layers().get(position).and_then(verify::vouched);
         waiting.push(tokio::spawn(loader.clone().complete(
             position,
             state,
+            toc,
             diff_id,
             progress.clone(),
         )));

@@ -7,7 +7,9 @@
 
 pub(crate) mod background;
 
+use oci_spec::image::Descriptor;
 use peel_image::Digest;
+use peel_image::annotations::{PODMAN_MANIFEST_CHECKSUM, STARGZ_MANIFEST_CHECKSUM, TOC_DIGEST};
 use peel_image::layer::LayerIndex;
 use peel_image::views;
 use peel_store::{LayerVerdict, Store};
@@ -52,6 +54,17 @@ impl Subject {
             tracing::warn!(layer = %self.blob, %error, "the check of this layer was not kept; it is made again");
         }
     }
+}
+
+/// The digest by which the manifest names a layer's table of contents, whichever way.
+pub(crate) fn vouched(descriptor: &Descriptor) -> Option<Digest> {
+    [TOC_DIGEST, PODMAN_MANIFEST_CHECKSUM, STARGZ_MANIFEST_CHECKSUM]
+        .iter()
+        .find_map(|name| annotation(descriptor, name)?.parse().ok())
+}
+
+fn annotation<'a>(descriptor: &'a Descriptor, name: &str) -> Option<&'a String> {
+    descriptor.annotations().as_ref()?.get(name)
 }
 
 /// What is wrong with a layer whose tar stream has another digest than the configuration lists.

@@ -29,8 +29,6 @@ pub(super) struct Indexed {
     pub(super) report: LayerReport,
     /// Where its chunks come from, if it is lazy.
     pub(super) lazy: Option<Blob>,
-    /// Digest of the table of contents that `index` was made of, if it is lazy.
-    pub(super) toc: Option<Digest>,
 }
 
 /// What the manifest and the store say of a layer.
@@ -39,8 +37,6 @@ pub(super) enum Found {
     /// The store has the index of this lazy layer.
     Kept {
         blob: Blob,
-        /// Digest that the manifest vouches for.
-        digest: Digest,
         key: Digest,
         index: Box<LayerIndex>,
     },
@@ -89,7 +85,7 @@ pub(super) enum Metadata {
 }
 
 impl Metadata {
-    fn lazy(blob: Blob, digest: Digest, key: Digest, index: LayerIndex) -> Self {
+    fn lazy(blob: Blob, key: Digest, index: LayerIndex) -> Self {
         Self::Lazy(Box::new(Indexed {
             key,
             index,
@@ -99,7 +95,6 @@ impl Metadata {
                 not_lazy: None,
             },
             lazy: Some(blob),
-            toc: Some(digest),
         }))
     }
 }
@@ -151,12 +146,7 @@ impl LayerLoader {
         // A record that cannot be read is as good as none: the TOC is fetched again.
         if let Ok(Some(index)) = blocking(move || store.layer(&key)).await? {
             let index = Box::new(index);
-            return Ok(Found::Kept {
-                blob,
-                digest,
-                key,
-                index,
-            });
+            return Ok(Found::Kept { blob, key, index });
         }
         let offset = number(&annotations, annotations::TOC_OFFSET).filter(|offset| *offset < blob.size());
         let limit = offset.unwrap_or(blob.size());
@@ -174,12 +164,7 @@ impl LayerLoader {
     pub(super) async fn metadata(self, found: Found, brake: Brake) -> Result<Metadata, Error> {
         let (blob, digest, offset) = match found {
             Found::Whole { blob, reason } => return Ok(Metadata::Whole { blob, reason }),
-            Found::Kept {
-                blob,
-                digest,
-                key,
-                index,
-            } => return Ok(Metadata::lazy(blob, digest, key, *index)),
+            Found::Kept { blob, key, index } => return Ok(Metadata::lazy(blob, key, *index)),
             Found::Toc {
                 blob, digest, offset, ..
             } => (blob, digest, offset),
@@ -194,17 +179,18 @@ impl LayerLoader {
             Some(reason) => Metadata::Whole { blob, reason },
             None => {
                 let key = lazy_key(&blob.digest(), &digest);
-                Metadata::lazy(blob, digest, key, toc.index)
+                Metadata::lazy(blob, key, toc.index)
             }
         })
     }
 
     /// Pulls the layer whole if there is no other way, or if the image was asked for whole. An error for a layer that is known
-    /// to be wrong.
+    /// to be wrong. `toc` is the digest by which the manifest names the table of contents, for messages.
     pub(super) async fn complete(
         self,
         position: usize,
         metadata: Metadata,
+        toc: Option<Digest>,
         diff_id: Option<Digest>,
         progress: mpsc::Sender<Progress>,
     ) -> Result<Indexed, Error> {
@@ -242,7 +228,6 @@ impl LayerLoader {
                 not_lazy: Some(reason.clone()),
             },
             lazy: None,
-            toc: None,
         };
         if let Some(index) = self.kept_whole(key, subjects.clone()).await? {
             return Ok(indexed(index));
@@ -281,11 +266,9 @@ impl LayerLoader {
                 return Err(Error::Thread { name, source });
             }
         };
-        if let Some(lazy) = lazy
-            && let Some(toc) = lazy.toc
-        {
+        if let Some(lazy) = lazy {
             let (index, fault) = blocking(move || {
-                let fault = verify::disagreement(&toc, &lazy.index, &diff_id, &index);
+                let fault = verify::disagreement(&toc.unwrap_or(lazy.key), &lazy.index, &diff_id, &index);
                 (index, fault)
             })
             .await?;

@@ -22,8 +22,8 @@ use std::time::Duration;
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
 use oci_spec::image::{Descriptor, ImageManifest};
+use peel_image::Digest;
 use peel_image::layer::{EntryKind, LayerIndex};
-use peel_image::{Digest, annotations};
 use peel_registry::{Blob, ImageName, Source};
 use peel_store::{LayerVerdict, Store};
 use tokio::sync::mpsc;
@@ -31,7 +31,7 @@ use tokio::sync::mpsc;
 use super::Subject;
 use crate::error::Error;
 use crate::fetch::Engine;
-use crate::load::{PullFailure, annotations_of, diff_ids, inspect};
+use crate::load::{PullFailure, diff_ids, inspect};
 use crate::service::Image;
 use crate::{LoadRequest, lock};
 
@@ -258,10 +258,7 @@ fn find(engine: &Arc<Engine>, layer: &Waiting) -> Result<LayerVerdict, String> {
         };
         return Ok(LayerVerdict { blob: false, fault });
     }
-    let annotations = annotations_of(&layer.descriptor);
-    let toc = annotations
-        .get(annotations::TOC_DIGEST)
-        .and_then(|text| text.parse().ok());
+    let toc = super::vouched(&layer.descriptor);
     let fault = match stream(engine, blob, diff_id)? {
         Ok(unpacked) => judge(&toc.unwrap_or(index), diff_id, &unpacked),
         Err(found) => Some(super::wrong_diff_id(&found, &diff_id)),

@@ -25,9 +25,9 @@ use peel_store::Store;
 use rustix::fs::OFlags;
 use serde::Deserialize;
 
+use super::super::annotation;
 use super::{Stoppable, wait};
 use crate::fetch::Engine;
-use crate::load::annotations_of;
 use crate::lock;
 
 /// Where TOC and tar-split lie in a blob.
@@ -62,20 +62,15 @@ struct Toc {
 
 /// Whether the layer says that it has a tar-split.
 pub(super) fn is_there(descriptor: &Descriptor) -> bool {
-    annotations_of(descriptor).contains_key(PODMAN_TARSPLIT_POSITION)
+    annotation(descriptor, PODMAN_TARSPLIT_POSITION).is_some()
 }
 
 /// Where the annotations place TOC and tar-split; `None` for a layer without tar-split.
 pub(super) fn place(descriptor: &Descriptor) -> Result<Option<Place>, String> {
-    let annotations = annotations_of(descriptor);
-    let Some(split) = annotations.get(PODMAN_TARSPLIT_POSITION) else {
+    let Some(split) = annotation(descriptor, PODMAN_TARSPLIT_POSITION) else {
         return Ok(None);
     };
-    let get = |name: &str| {
-        annotations
-            .get(name)
-            .ok_or_else(|| format!("no annotation {name}"))
-    };
+    let get = |name: &str| annotation(descriptor, name).ok_or_else(|| format!("no annotation {name}"));
     let toc_digest = get(PODMAN_MANIFEST_CHECKSUM)?.parse();
     Ok(Some(Place {
         toc: range(get(PODMAN_MANIFEST_POSITION)?)?,
