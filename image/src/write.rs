@@ -66,8 +66,8 @@ pub const MAX_CHUNK_SIZE: u64 = 32 << 20;
 pub const DEFAULT_GZIP_LEVEL: i32 = 7;
 /// Level of zstd and zstd:chunked: that of zstd itself.
 pub const DEFAULT_ZSTD_LEVEL: i32 = 3;
-/// Most threads: beyond that the one that reads the input is the bottleneck.
-const MAX_THREADS: usize = 32;
+/// Most threads: beyond that the one that reads the input is the bottleneck, and each has buffers for a chunk.
+const MAX_THREADS: usize = 16;
 
 /// How a blob is made.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]

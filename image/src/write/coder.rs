@@ -16,8 +16,6 @@ const ZLIB_RS: &str = "0.6.8";
 pub(super) const GZIP_LEVEL_MAX: i32 = 12;
 /// Highest level of zstd.
 pub(super) const ZSTD_LEVEL_MAX: i32 = 22;
-/// Level from which on zstd takes about 100 MB per thread.
-const ZSTD_LEVEL_LARGE: i32 = 16;
 
 /// How bytes are compressed.
 #[derive(Debug, Clone, Copy)]
@@ -57,8 +55,10 @@ impl Coding {
     /// Most threads that compress this way: memory is to stay below 256 MiB.
     pub(super) fn threads_max(self) -> usize {
         match self {
-            Self::Zstd(ZSTD_LEVEL_MAX) => 1,
-            Self::Zstd(ZSTD_LEVEL_LARGE..) => 2,
+            // Tables for blocks of 4 MiB: some 80, 60, 25 and 5 MB per thread.
+            Self::Zstd(20..) => 1,
+            Self::Zstd(13..) => 2,
+            Self::Zstd(6..) => 4,
             _ => usize::MAX,
         }
     }
