@@ -16,6 +16,8 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(2);
 const FIRST_CONTACT: Duration = Duration::from_secs(2);
 /// Time for a server that answers 500: one that does so longer will not stop because we wait.
 const BRIEF: Duration = Duration::from_secs(5);
+/// Most that a pause which the server named is drawn out. It names the same one to all transfers of an image.
+const SPREAD: Duration = Duration::from_secs(5);
 /// Bytes that count as progress. Fewer per attempt would let a registry keep a reader for ever.
 const PROGRESS: u64 = 16 << 10;
 
@@ -109,7 +111,9 @@ impl Retry {
         match wanted {
             // Asking before the server's time only makes it angrier: waiting in vain helps nobody.
             Some(wanted) if wanted > left => None,
-            Some(wanted) => Some(wanted.max(pause)),
+            Some(wanted) if wanted <= pause => Some(pause),
+            // Never earlier, and not all at once.
+            Some(wanted) => Some((wanted + part_of((wanted / 2).min(SPREAD))).min(left)),
             None if left.is_zero() => None,
             None => Some(pause.min(left)),
         }
@@ -118,8 +122,13 @@ impl Retry {
 
 /// Between three and five quarters of `pause`, so that many waiters do not come back together.
 fn jitter(pause: Duration) -> Duration {
-    let random = RandomState::new().build_hasher().finish() % 512;
-    pause * 3 / 4 + pause * u32::try_from(random).unwrap_or(0) / 1024
+    pause * 3 / 4 + part_of(pause / 2)
+}
+
+/// Between nothing and all of `time`, at random.
+fn part_of(time: Duration) -> Duration {
+    let random = RandomState::new().build_hasher().finish() % 1024;
+    time * u32::try_from(random).unwrap_or(0) / 1024
 }
 
 /// The value of `Retry-After` (RFC 9110, section 10.2.3): seconds or a date.
@@ -164,8 +173,32 @@ mod tests {
     fn the_servers_time_is_kept_or_refused() {
         let mut retry = Retry::new(Duration::from_secs(10));
         let after = |seconds| fault(Again::After(Some(Duration::from_secs(seconds))));
-        assert_eq!(retry.next_pause(&after(7)), Some(Duration::from_secs(7)));
+        let pause = retry.next_pause(&after(7)).unwrap();
+        assert!(
+            pause >= Duration::from_secs(7) && pause <= Duration::from_secs(10),
+            "{pause:?}"
+        );
         assert_eq!(retry.next_pause(&after(11)), None);
+    }
+
+    #[test]
+    fn transfers_told_the_same_time_come_back_apart() {
+        for (seconds, last) in [(4, 6), (30, 35)] {
+            let wanted = Duration::from_secs(seconds);
+            let pauses: Vec<_> = (0..64)
+                .map(|_| {
+                    let mut retry = Retry::new(Duration::from_secs(60));
+                    retry.next_pause(&fault(Again::After(Some(wanted)))).unwrap()
+                })
+                .collect();
+            let (first, most) = (pauses.iter().min().unwrap(), pauses.iter().max().unwrap());
+            assert!(
+                *first >= wanted && *most <= Duration::from_secs(last),
+                "{pauses:?}"
+            );
+            // Sixty-four draws from more than a thousand values: all in a quarter of them happens to nobody.
+            assert!(*most - *first > (Duration::from_secs(last) - wanted) / 4, "{pauses:?}");
+        }
     }
 
     #[test]
