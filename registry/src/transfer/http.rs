@@ -11,7 +11,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use peel_image::Digest;
 use reqwest::header::{CONTENT_ENCODING, CONTENT_RANGE, HeaderValue, RANGE};
-use reqwest::{Response, StatusCode};
+use reqwest::{Response, StatusCode, Url};
 
 use crate::client::retry::{Fault, Retry};
 use crate::client::session::{Call, Session};
@@ -40,6 +40,8 @@ pub(crate) struct HttpStream {
     end: u64,
     skip: u64,
     response: Option<Response>,
+    /// The remembered storage URL that `response` came from.
+    remembered: Option<Url>,
     retry: Retry,
 }
 
@@ -53,6 +55,7 @@ impl RemoteBlob {
             end: range.end,
             skip: 0,
             response: None,
+            remembered: None,
             retry: self.session.retry(),
         };
         stream.connect().await?;
@@ -88,6 +91,9 @@ impl HttpStream {
                 Err(fault) => fault,
             };
             self.response = None;
+            if let Some(url) = self.remembered.take() {
+                session.redirects.forget(&self.blob.digest, &url);
+            }
             self.blob.session.wait(&mut self.retry, fault).await?;
         }
     }
@@ -158,23 +164,37 @@ impl HttpStream {
         }
         let mut start = session.redirects.get(&self.blob.digest);
         loop {
-            let cached = start.is_some();
-            let (response, target) = session.follow(&call, start.take()).await?;
-            match response.status().as_u16() {
-                200 | 206 => {
-                    if let Some(url) = target.filter(|_| !cached) {
-                        session.redirects.keep(self.blob.digest, url);
-                    }
-                    self.skip = self.offset(&response).map_err(Fault::fatal)?;
-                    self.response = Some(response);
-                    return Ok(());
+            let remembered = start.take();
+            let (response, target) = match (session.follow(&call, remembered.clone()).await, &remembered) {
+                (Ok(followed), _) => followed,
+                // The storage does not answer, or only that it cannot: the registry may know another one by now.
+                (Err(fault), Some(url)) => {
+                    tracing::debug!(what = %self.what, error = %fault.error, "a remembered storage URL failed");
+                    session.redirects.forget(&self.blob.digest, url);
+                    continue;
                 }
+                (Err(fault), None) => return Err(fault),
+            };
+            match (response.status().as_u16(), remembered) {
+                (200 | 206, remembered) => match (self.offset(&response), remembered) {
+                    (Ok(skip), remembered) => {
+                        if let (Some(url), None) = (target, &remembered) {
+                            session.redirects.keep(self.blob.digest, url);
+                        }
+                        self.skip = skip;
+                        self.remembered = remembered;
+                        self.response = Some(response);
+                        return Ok(());
+                    }
+                    (Err(_), Some(url)) => session.redirects.forget(&self.blob.digest, &url),
+                    (Err(error), None) => return Err(Fault::fatal(error)),
+                },
                 // A storage URL that has ended is refused in many ways: 403 (S3, Azure), 400 (GCS), 401, 404, 410.
-                400..=499 if cached => {
-                    session.redirects.forget(&self.blob.digest);
+                (_, Some(url)) => {
+                    session.redirects.forget(&self.blob.digest, &url);
                     session.drain(response).await;
                 }
-                416 => {
+                (416, None) => {
                     let reason = format!("the registry has no bytes {}..{} of it", self.next, self.end);
                     return Err(Fault::fatal(session.protocol(&self.what, reason)));
                 }

@@ -1,7 +1,8 @@
 //! Where a registry keeps its blobs: the storage URLs that it redirected us to, for as long as they are good.
 //!
 //! With them a range costs one request instead of two. Signed URLs say how long they live in their query; what does not say so is
-//! asked for again after some minutes. A URL that is refused earlier is dropped by the reader.
+//! asked for again after some minutes. A URL that fails earlier is dropped by the reader, who asks the registry again: the storage may
+//! have moved.
 
 use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};
@@ -38,11 +39,12 @@ impl Redirects {
         urls.insert(digest, (url, Instant::now() + lifetime.saturating_sub(MARGIN)));
     }
 
-    pub(crate) fn forget(&self, digest: &Digest) {
-        self.0
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .remove(digest);
+    /// Drops `url`, which has failed. A newer one in its place stays.
+    pub(crate) fn forget(&self, digest: &Digest, url: &Url) {
+        let mut urls = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if urls.get(digest).is_some_and(|(known, _)| known == url) {
+            urls.remove(digest);
+        }
     }
 }
 
@@ -89,9 +91,11 @@ mod tests {
         let (good, old) = (Digest::of(b"good"), Digest::of(b"old"));
         redirects.keep(good, url.clone());
         redirects.keep(old, "https://s3.test/blob?X-Amz-Expires=5".parse().unwrap());
-        assert_eq!(redirects.get(&good), Some(url));
+        assert_eq!(redirects.get(&good).as_ref(), Some(&url));
         assert_eq!(redirects.get(&old), None);
-        redirects.forget(&good);
+        redirects.forget(&good, &"https://s3.test/older".parse().unwrap());
+        assert_eq!(redirects.get(&good).as_ref(), Some(&url));
+        redirects.forget(&good, &url);
         assert_eq!(redirects.get(&good), None);
     }
 }

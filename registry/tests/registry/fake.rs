@@ -48,6 +48,7 @@ struct Inner {
 pub(crate) struct Fake {
     pub(crate) address: String,
     inner: Arc<Inner>,
+    listening: tokio::task::AbortHandle,
 }
 
 impl Fake {
@@ -59,8 +60,20 @@ impl Fake {
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap().to_string();
         let app = Router::new().fallback(answer).with_state(Arc::clone(&inner));
-        tokio::spawn(async move { axum::serve(listener, app).await });
-        Self { address, inner }
+        let listening = tokio::spawn(async move { axum::serve(listener, app).await }).abort_handle();
+        Self {
+            address,
+            inner,
+            listening,
+        }
+    }
+
+    /// Takes no more connections.
+    pub(crate) async fn end(&self) {
+        self.listening.abort();
+        while !self.listening.is_finished() {
+            tokio::task::yield_now().await;
+        }
     }
 
     /// What was asked so far: method and path.

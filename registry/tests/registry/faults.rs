@@ -418,6 +418,69 @@ async fn storage_behind_a_redirect_is_remembered_and_told_no_secret() {
 }
 
 #[tokio::test]
+async fn a_remembered_storage_that_fails_is_asked_for_again() {
+    let content = data(SIZE);
+    type Misbehaviour = Box<dyn Fn(&crate::fake::Seen, &[u8]) -> axum::response::Response + Send + Sync>;
+    // What the first storage does after its first good answer; `None`: its host is gone.
+    let cases: Vec<(&str, Option<Misbehaviour>, u64)> = vec![
+        ("gone", None, 0),
+        ("broken", Some(Box::new(|_, _| status(500))), 0),
+        ("overloaded", Some(Box::new(|_, _| status(503))), 0),
+        ("busy", Some(Box::new(|_, _| with(status(429), "retry-after", "3600"))), 0),
+        (
+            "replaced",
+            Some(Box::new(|_, _| with(status(206), "content-range", "bytes 0-0/1"))),
+            0,
+        ),
+        (
+            "silent",
+            Some(Box::new(|seen, content| {
+                partial(seen, content, |part| stalled(&part[..10], Arc::new(())))
+            })),
+            1,
+        ),
+        (
+            "cut",
+            Some(Box::new(|seen, content| {
+                partial(seen, content, |part| cut(&part[..10]))
+            })),
+            1,
+        ),
+    ];
+    for (name, misbehaviour, retries) in cases {
+        let gone = misbehaviour.is_none();
+        let served = content.clone();
+        let first = Fake::start(move |seen| match &misbehaviour {
+            Some(misbehaviour) if seen.number > 0 => misbehaviour(seen, &served),
+            _ => with(serve(seen, &served), "connection", "close"),
+        })
+        .await;
+        let served = content.clone();
+        let second = Fake::start(move |seen| serve(seen, &served)).await;
+        let (here, there) = (first.address.clone(), second.address.clone());
+        let registry = Fake::start(move |seen| {
+            let storage = if seen.number == 0 { &here } else { &there };
+            with(status(307), "location", &format!("http://{storage}/blob"))
+        })
+        .await;
+        let options = ClientOptions {
+            attempt_timeout: Duration::from_secs(2),
+            ..options()
+        };
+        let source = registry.source("app", &options).await;
+        let blob = source.blob(&descriptor(media::OCI_LAYER, &content)).unwrap();
+        assert_eq!(blob.read(0..100).await.unwrap(), content[..100], "{name}");
+        if gone {
+            first.end().await;
+        }
+        assert_eq!(blob.read(100..200).await.unwrap(), content[100..200], "{name}");
+        assert_eq!(source.counters().retries(), retries, "{name}");
+        assert_eq!(registry.log().len(), 2, "{name}: {:?}", registry.log());
+        assert_eq!(second.log().len(), 1, "{name}: {:?}", second.log());
+    }
+}
+
+#[tokio::test]
 async fn redirects_end() {
     let fake = Fake::start(|seen| with(status(302), "location", &format!("{}x", seen.path))).await;
     let blob = fake.blob(b"content", &options()).await;
