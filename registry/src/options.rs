@@ -20,7 +20,8 @@ pub struct ClientOptions {
     pub plain_http: bool,
     /// PEM file with certificates of authorities to trust beside the system's.
     pub tls_ca: Option<PathBuf>,
-    /// How long a connection may take to open and a body may stay silent before the attempt counts as broken.
+    /// How long a connection may take to open and a body may stay silent, or take for 32 KiB, before the attempt counts as broken.
+    /// What is held in memory as a whole, such as a manifest, may take six times as long.
     pub attempt_timeout: Duration,
     /// How long a broken transfer is tried again before it is an error.
     pub retry_for: Duration,

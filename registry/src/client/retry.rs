@@ -18,8 +18,9 @@ const FIRST_CONTACT: Duration = Duration::from_secs(2);
 const BRIEF: Duration = Duration::from_secs(5);
 /// Most that a pause which the server named is drawn out. It names the same one to all transfers of an image.
 const SPREAD: Duration = Duration::from_secs(5);
-/// Bytes that count as progress. Fewer per attempt would let a registry keep a reader for ever.
-const PROGRESS: u64 = 16 << 10;
+/// Bytes that count as progress, and that a body must bring for each time that it may be silent. Fewer would let a registry keep
+/// a reader for ever; twenty transfers that share half a megabit per second bring as many in the default time.
+const PROGRESS: u64 = 32 << 10;
 
 /// A failed attempt.
 #[derive(Debug)]
@@ -54,6 +55,44 @@ impl Fault {
         Self {
             error: Box::new(error),
             again: Again::After(None),
+        }
+    }
+}
+
+/// The patience with one body: [`PROGRESS`] bytes, or its end, within the time that it may be silent. Only time that a reader
+/// has waited counts, not what it does between two parts.
+#[derive(Debug)]
+pub(crate) struct Pace {
+    limit: Duration,
+    left: Duration,
+    bytes: u64,
+}
+
+impl Pace {
+    pub(crate) fn new(limit: Duration) -> Self {
+        Self {
+            limit,
+            left: limit,
+            bytes: 0,
+        }
+    }
+
+    /// How long the next part may be waited for.
+    pub(crate) fn left(&self) -> Duration {
+        self.left
+    }
+
+    /// Bytes that came within the time that is running.
+    pub(crate) fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    /// Notes a part of `bytes` that was `waited` for.
+    pub(crate) fn part(&mut self, bytes: usize, waited: Duration) {
+        self.bytes = self.bytes.saturating_add(bytes as u64);
+        self.left = self.left.saturating_sub(waited);
+        if self.bytes >= PROGRESS {
+            *self = Self::new(self.limit);
         }
     }
 }
@@ -197,7 +236,10 @@ mod tests {
                 "{pauses:?}"
             );
             // Sixty-four draws from more than a thousand values: all in a quarter of them happens to nobody.
-            assert!(*most - *first > (Duration::from_secs(last) - wanted) / 4, "{pauses:?}");
+            assert!(
+                *most - *first > (Duration::from_secs(last) - wanted) / 4,
+                "{pauses:?}"
+            );
         }
     }
 
@@ -211,6 +253,22 @@ mod tests {
         assert!(retry.since.is_some());
         retry.progress(64 << 10);
         assert!(retry.since.is_none() && retry.pause == FIRST_PAUSE);
+    }
+
+    #[test]
+    fn a_drip_uses_its_time_up() {
+        let limit = Duration::from_secs(10);
+        let mut pace = Pace::new(limit);
+        for second in 1..=10 {
+            pace.part(1000, Duration::from_secs(1));
+            assert_eq!(pace.left(), Duration::from_secs(10 - second));
+        }
+        assert_eq!(pace.bytes(), 10_000);
+        let mut pace = Pace::new(limit);
+        for _ in 0..100 {
+            pace.part(4 << 10, Duration::from_secs(1));
+            assert!(pace.left() > Duration::from_secs(2), "slow, but no drip");
+        }
     }
 
     #[test]

@@ -1,8 +1,8 @@
 //! Ranges of blobs from a registry: one request, and as many more as connections break.
 //!
-//! What a registry may do wrong is told apart: a body that ends early or falls silent is fetched on from where it stopped; one
-//! that ignores the range is skipped through if that is short; one that claims another range, another size, or that does not
-//! end is an error.
+//! What a registry may do wrong is told apart: a body that ends early, falls silent or only drips is fetched on from where it
+//! stopped; one that ignores the range is skipped through if that is short; one that claims another range, another size, or
+//! that does not end is an error.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -13,7 +13,7 @@ use peel_image::Digest;
 use reqwest::header::{CONTENT_ENCODING, CONTENT_RANGE, HeaderValue, RANGE};
 use reqwest::{Response, StatusCode, Url};
 
-use crate::client::retry::{Fault, Retry};
+use crate::client::retry::{Fault, Pace, Retry};
 use crate::client::session::{Call, Session};
 use crate::error::Error;
 
@@ -42,6 +42,8 @@ pub(crate) struct HttpStream {
     response: Option<Response>,
     /// The remembered storage URL that `response` came from.
     remembered: Option<Url>,
+    /// The patience with the body of `response`.
+    pace: Pace,
     retry: Retry,
 }
 
@@ -56,6 +58,7 @@ impl RemoteBlob {
             skip: 0,
             response: None,
             remembered: None,
+            pace: self.session.pace(),
             retry: self.session.retry(),
         };
         stream.connect().await?;
@@ -77,7 +80,7 @@ impl HttpStream {
                 continue;
             };
             let session = &self.blob.session;
-            let fault = match session.part(&self.what, response).await {
+            let fault = match session.part(&self.what, response, &mut self.pace).await {
                 Ok(Some(part)) => match self.accept(part)? {
                     Some(part) => return Ok(Some(part)),
                     None => continue,
@@ -135,7 +138,7 @@ impl HttpStream {
             return;
         }
         // The end is nearly always here already; without it the connection is closed, which only costs a new one.
-        let end = self.blob.session.part(&self.what, &mut response);
+        let end = self.blob.session.part(&self.what, &mut response, &mut self.pace);
         if !matches!(tokio::time::timeout(END_OF_BODY, end).await, Ok(Ok(None))) {
             tracing::debug!(what = %self.what, "the body goes on behind its last byte; connection not kept");
         }
@@ -183,6 +186,7 @@ impl HttpStream {
                         }
                         self.skip = skip;
                         self.remembered = remembered;
+                        self.pace = session.pace();
                         self.response = Some(response);
                         return Ok(());
                     }

@@ -224,3 +224,16 @@ pub(crate) fn stalled(part: &[u8], alive: Arc<()>) -> Body {
     });
     Body::from_stream(futures::StreamExt::chain(first, rest))
 }
+
+/// `part` in pieces of `size` bytes with a pause before each.
+pub(crate) fn dripping(part: &[u8], size: usize, pause: Duration) -> Body {
+    let rest = Bytes::copy_from_slice(part);
+    Body::from_stream(futures::stream::unfold(rest, move |mut rest| async move {
+        if rest.is_empty() {
+            return None;
+        }
+        tokio::time::sleep(pause).await;
+        let piece = rest.split_to(size.min(rest.len()));
+        Some((Ok::<_, std::io::Error>(piece), rest))
+    }))
+}

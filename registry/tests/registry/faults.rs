@@ -8,7 +8,9 @@ use axum::body::Body;
 use peel_image::media;
 use peel_registry::{ClientOptions, Error};
 
-use crate::fake::{Fake, cut, data, descriptor, error, options, partial, serve, stalled, status, with};
+use crate::fake::{
+    Fake, cut, data, descriptor, document, dripping, error, options, partial, serve, stalled, status, with,
+};
 
 const SIZE: usize = 300_000;
 
@@ -114,6 +116,97 @@ async fn a_silent_body_goes_on_with_a_new_request() {
     assert_eq!(blob.read_verified(SIZE as u64).await.unwrap(), content);
     assert_eq!(source.counters().retries(), 1);
     assert_eq!(fake.seen()[1].range(), Some((50_000, SIZE - 1)));
+}
+
+/// Patience for a drip of a byte every 20 ms, which is never silent.
+fn impatient() -> ClientOptions {
+    ClientOptions {
+        attempt_timeout: Duration::from_millis(500),
+        retry_for: Duration::from_secs(2),
+        ..options()
+    }
+}
+
+const DROP: Duration = Duration::from_millis(20);
+/// Far more than patience allows, far less than the drips would take.
+const TOO_LONG: Duration = Duration::from_secs(90);
+
+#[tokio::test]
+async fn a_dripping_body_goes_on_with_a_new_request() {
+    let content = data(SIZE);
+    let served = content.clone();
+    let fake = Fake::start(move |seen| {
+        if seen.number == 0 {
+            partial(seen, &served, |part| dripping(part, 1, DROP))
+        } else {
+            serve(seen, &served)
+        }
+    })
+    .await;
+    let source = fake.source("app", &impatient()).await;
+    let blob = source.blob(&descriptor(media::OCI_LAYER, &content)).unwrap();
+    let read = tokio::time::timeout(TOO_LONG, blob.read_verified(SIZE as u64)).await;
+    assert_eq!(read.expect("the drip was waited for").unwrap(), content);
+    assert!(source.counters().retries() > 0);
+    let (start, _) = fake.seen()[1].range().unwrap();
+    assert!(start > 0, "what has come was asked for again");
+}
+
+#[tokio::test]
+async fn endless_drips_end() {
+    // Pieces, their size, and what is said of them: slower than a transfer must be, and too slow as a whole.
+    let drip = "bytes in 0.5 s";
+    for (what, size, pause, reason) in [
+        ("manifest", 1, DROP, drip),
+        (
+            "manifest",
+            64 << 10,
+            Duration::from_millis(300),
+            "no end of the body for 3 s",
+        ),
+        ("token", 1, DROP, drip),
+        ("blob", 1, DROP, drip),
+        ("error", 1, DROP, "503"),
+        ("redirect", 1, DROP, "more than 5 redirects"),
+    ] {
+        let content = data(3 << 20);
+        let served = content.clone();
+        let fake = Fake::start(move |seen| {
+            let slowly = |mut response: axum::response::Response, bytes: &[u8]| {
+                *response.body_mut() = dripping(bytes, size, pause);
+                response
+            };
+            match what {
+                "token" if seen.path.starts_with("/token") => slowly(status(200), &served),
+                "token" => {
+                    let realm = format!("Bearer realm=\"http://{}/token\"", seen.header("host").unwrap());
+                    with(status(401), "www-authenticate", &realm)
+                }
+                "blob" => partial(seen, &served, |part| dripping(part, size, pause)),
+                "error" => {
+                    let refused = error(503, "UNAVAILABLE", "later");
+                    slowly(refused, br#"{"errors":[{"code":"UNAVAILABLE"}]}"#)
+                }
+                "redirect" => slowly(with(status(302), "location", &format!("{}x", seen.path)), &served),
+                _ => slowly(document(media::OCI_MANIFEST, b""), &served),
+            }
+        })
+        .await;
+        let source = fake.source("app", &impatient()).await;
+        let attempt = async {
+            if what == "blob" {
+                let blob = source.blob(&descriptor(media::OCI_LAYER, &content)).unwrap();
+                blob.read(0..1 << 20).await.map(drop)
+            } else {
+                source.resolve(None).await.map(drop)
+            }
+        };
+        let result = tokio::time::timeout(TOO_LONG, attempt).await;
+        let error = result
+            .unwrap_or_else(|_| panic!("{what} by {size}: no end"))
+            .expect_err(what);
+        assert!(error.to_string().contains(reason), "{what} by {size}: {error}");
+    }
 }
 
 #[tokio::test]
@@ -426,7 +519,11 @@ async fn a_remembered_storage_that_fails_is_asked_for_again() {
         ("gone", None, 0),
         ("broken", Some(Box::new(|_, _| status(500))), 0),
         ("overloaded", Some(Box::new(|_, _| status(503))), 0),
-        ("busy", Some(Box::new(|_, _| with(status(429), "retry-after", "3600"))), 0),
+        (
+            "busy",
+            Some(Box::new(|_, _| with(status(429), "retry-after", "3600"))),
+            0,
+        ),
         (
             "replaced",
             Some(Box::new(|_, _| with(status(206), "content-range", "bytes 0-0/1"))),

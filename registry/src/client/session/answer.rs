@@ -1,15 +1,19 @@
 //! What answers mean: errors in the registry's own words with advice, bodies within limits, failures of the network. Part of [`Session`].
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use bytes::{Bytes, BytesMut};
 use reqwest::header::RETRY_AFTER;
 use reqwest::{Response, StatusCode};
 
 use super::{Call, MAX_SMALL_BODY, Session};
-use crate::client::retry::{Again, Fault, retry_after};
+use crate::client::retry::{Again, Fault, Pace, retry_after};
 use crate::client::{explain, tls_error};
 use crate::error::Error;
+
+/// Times of silence that a whole body in memory may take: a minute by default, in which the largest manifest comes at 70 KB/s.
+const BODY_TIMES: u32 = 6;
 
 impl Session {
     /// Lets every answer through but those that ask to try again later.
@@ -80,7 +84,7 @@ impl Session {
         }
     }
 
-    /// Reads a body of at most `limit` bytes.
+    /// Reads a body of at most `limit` bytes, which may take some times of silence as a whole.
     pub(crate) async fn body(&self, what: &str, mut response: Response, limit: u64) -> Result<Bytes, Fault> {
         let too_large = || {
             Fault::fatal(Error::TooLarge {
@@ -92,25 +96,51 @@ impl Session {
         if response.content_length().is_some_and(|length| length > limit) {
             return Err(too_large());
         }
-        let mut body = BytesMut::new();
-        while let Some(part) = self.part(what, &mut response).await? {
-            if (body.len() + part.len()) as u64 > limit {
-                return Err(too_large());
+        let whole = self.client.options.attempt_timeout.saturating_mul(BODY_TIMES);
+        let read = async {
+            let mut pace = self.pace();
+            let mut body = BytesMut::new();
+            while let Some(part) = self.part(what, &mut response, &mut pace).await? {
+                if (body.len() + part.len()) as u64 > limit {
+                    return Err(too_large());
+                }
+                body.extend_from_slice(&part);
             }
-            body.extend_from_slice(&part);
-        }
-        Ok(body.freeze())
+            Ok::<_, Fault>(body.freeze())
+        };
+        tokio::time::timeout(whole, read).await.unwrap_or_else(|_| {
+            let reason = format!("no end of the body for {} s", whole.as_secs_f32());
+            Err(Fault::transient(self.network(what, reason, String::new())))
+        })
     }
 
-    /// The next bytes of a body.
-    pub(crate) async fn part(&self, what: &str, response: &mut Response) -> Result<Option<Bytes>, Fault> {
-        match tokio::time::timeout(self.client.options.attempt_timeout, response.chunk()).await {
+    /// The patience with one body.
+    pub(crate) fn pace(&self) -> Pace {
+        Pace::new(self.client.options.attempt_timeout)
+    }
+
+    /// The next bytes of a body, which came at `pace` so far.
+    pub(crate) async fn part(
+        &self,
+        what: &str,
+        response: &mut Response,
+        pace: &mut Pace,
+    ) -> Result<Option<Bytes>, Fault> {
+        let asked = Instant::now();
+        match tokio::time::timeout(pace.left(), response.chunk()).await {
             Ok(Ok(part)) => {
-                self.counters.add_bytes(part.as_ref().map_or(0, Bytes::len));
+                let bytes = part.as_ref().map_or(0, Bytes::len);
+                self.counters.add_bytes(bytes);
+                pace.part(bytes, asked.elapsed());
                 Ok(part)
             }
             Ok(Err(error)) => Err(self.broken(what, error)),
-            Err(_) => Err(self.silent(what)),
+            Err(_) if pace.bytes() == 0 => Err(self.silent(what)),
+            Err(_) => {
+                let timeout = self.client.options.attempt_timeout.as_secs_f32();
+                let reason = format!("only {} bytes in {timeout} s", pace.bytes());
+                Err(Fault::transient(self.network(what, reason, String::new())))
+            }
         }
     }
 
