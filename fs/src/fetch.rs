@@ -12,8 +12,8 @@
 //!
 //! A chunk that is claimed is fetched by one transfer; whoever else wants it waits for the same bytes. A claim that is
 //! dropped without its bytes (a failed request, an unloaded image) gives the chunk free again, and reads that wait for
-//! it are tried anew until their deadline. Demand and prefetch have request slots and memory of their own, so neither
-//! waits for the other.
+//! it are tried anew until their deadline. Demand and prefetch have request slots and memory of their own, each registry
+//! its share of both, so none waits for another.
 //!
 //! Nothing is answered and nothing is written that was not verified against the chunk's digest.
 

@@ -253,6 +253,58 @@ fn reads_that_wait_hold_nobody_up() {
 }
 
 #[test]
+fn a_registry_that_hangs_holds_up_its_own_images_only() {
+    // Each larger than a window, so that each takes a request.
+    let files: Vec<(String, Vec<u8>)> = (0..24)
+        .map(|number| (format!("large{number}"), noise(number, 1200 << 10)))
+        .collect();
+    let entries: Vec<(&str, &[u8])> = files
+        .iter()
+        .map(|(name, bytes)| (name.as_str(), bytes.as_slice()))
+        .collect();
+    let mut forge = Forge::new();
+    forge.image(
+        "image",
+        &Forged {
+            files: &entries,
+            chunk_size: 2 << 20,
+            ..Forged::default()
+        },
+    );
+    let (hanging, healthy) = (Registry::start(forge.path()), registry());
+    // Requests hang for longer than reads may: a read without a slot fails.
+    let host = Host::with(Options {
+        read_deadline: Duration::from_secs(15),
+    });
+    let mut request = host.request(&hanging.image("image"));
+    request.client.attempt_timeout = Duration::from_secs(600);
+    let mount = host.mount(&host.service.load(&request, &|_| {}).unwrap());
+    let other = host.open(&healthy.image("esgz"));
+    let before = hanging.behaviour.requests.load(Ordering::SeqCst);
+    hanging.behaviour.delay.store(600_000, Ordering::SeqCst);
+    let answered = std::sync::atomic::AtomicUsize::new(0);
+    thread::scope(|scope| {
+        for (name, _) in files.iter().rev() {
+            let (mount, answered) = (&mount, &answered);
+            scope.spawn(move || {
+                let result = fs::read(mount.path(name));
+                answered.fetch_add(1, Ordering::SeqCst);
+                assert_eq!(result.unwrap_err().raw_os_error(), Some(libc_eio()), "{name}");
+            });
+        }
+        eventually("as many requests as there may be", || {
+            hanging.behaviour.requests.load(Ordering::SeqCst) >= before + 16
+        });
+        assert_eq!(fs::read(other.path("etc/os-release")).unwrap().len(), 24);
+        assert_eq!(
+            answered.load(Ordering::SeqCst),
+            0,
+            "all of them were waiting meanwhile"
+        );
+    });
+}
+
+#[test]
 fn a_completed_file_needs_no_daemon() {
     let registry = registry();
     let host = Host::new();

@@ -211,7 +211,7 @@ impl Engine {
                 let Ok(turn) = Arc::clone(&throttle).acquire_owned().await else {
                     return;
                 };
-                let Some(slot) = self.slot(Lane::Prefetch).await else {
+                let Some(slot) = self.slot(Lane::Prefetch, &layer.blob).await else {
                     return;
                 };
                 let part = from..range.end.min(from + window);
@@ -230,7 +230,8 @@ impl Engine {
     }
 
     async fn early_part(self: &Arc<Self>, early: &Arc<EarlyLayer>, part: Range<u64>) {
-        let Some(permit) = self.memory(Lane::Prefetch, part.end - part.start).await else {
+        let bytes = part.end - part.start;
+        let Some(permit) = self.memory(Lane::Prefetch, &early.blob, bytes).await else {
             return;
         };
         tracing::trace!(layer = %early.blob.digest(), from = part.start, to = part.end, "early transfer");

@@ -3,12 +3,16 @@
 //!
 //! Memory is bounded: a transfer takes a permit for all its bytes before its request and needs nothing more to end, so
 //! transfers cannot block each other half-way. The permit is given back when the last stream is decoded.
+//!
+//! Slots and memory are shared out by registry: requests to one that is gone or slow keep both for as long as they are
+//! tried again, which is as long as a read waits at most.
 
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use bytes::Bytes;
+use peel_registry::Blob;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio::task::JoinSet;
 
@@ -17,15 +21,18 @@ use super::assemble::{Assembler, Ready};
 use super::claim::Run;
 use super::decode::{Job, Lane};
 use super::layer::Layer;
+use crate::lock;
 
-/// Requests of reads that wait at once. Each is one round trip of at most a few MiB; a page fault storm of many threads
+/// Requests of reads that wait at once, for each registry. Each is one round trip of at most a few MiB; a page fault storm of many threads
 /// should not open hundreds of connections.
 const DEMAND_SLOTS: usize = 16;
-/// Requests of a prefetch at once. A few connections fill a link that one of them, still in slow start or limited by
+/// Requests of a prefetch at once, for each registry. A few connections fill a link that one of them, still in slow start or limited by
 /// the far end, does not; more would spread the bandwidth over bytes that are needed later.
 pub(super) const PREFETCH_SLOTS: usize = 4;
-/// Compressed bytes in flight for each lane, in KiB.
-const LANE_KIB: u32 = 64 << 10;
+/// Compressed bytes in flight for each lane and registry, in KiB.
+const SHARE_KIB: u32 = 64 << 10;
+/// Registries that are told apart at a time, in each lane; more than these share what the others leave.
+const SHARES: usize = 4;
 /// Bytes of one request; a longer run (a single huge chunk) is split.
 const PART: u64 = 8 << 20;
 /// Parts of one run that are fetched at once.
@@ -37,6 +44,16 @@ const SILENCE_MAX: Duration = Duration::from_secs(300);
 /// What one lane may use.
 #[derive(Debug)]
 pub(crate) struct Limits {
+    slots: usize,
+    /// At most [`SHARES`].
+    shares: Mutex<Vec<Share>>,
+}
+
+/// What the requests to one registry may use.
+#[derive(Debug, Clone)]
+struct Share {
+    /// Host and port; `None` for local layouts and archives.
+    registry: Option<String>,
     slots: Arc<Semaphore>,
     memory: Arc<Semaphore>,
 }
@@ -52,14 +69,47 @@ impl Limits {
 
     fn new(slots: usize) -> Self {
         Self {
-            slots: Arc::new(Semaphore::new(slots)),
-            memory: Arc::new(Semaphore::new(LANE_KIB as usize)),
+            slots,
+            shares: Mutex::default(),
         }
     }
 
     /// Whether any bytes are in flight.
     pub(super) fn in_use(&self) -> bool {
-        self.memory.available_permits() < LANE_KIB as usize
+        lock(&self.shares)
+            .iter()
+            .any(|share| share.memory.available_permits() < SHARE_KIB as usize)
+    }
+
+    /// The share of a registry.
+    fn share(&self, registry: Option<&str>) -> Share {
+        let mut shares = lock(&self.shares);
+        if let Some(share) = shares.iter().find(|share| share.registry.as_deref() == registry) {
+            return share.clone();
+        }
+        let new = || Share {
+            registry: registry.map(str::to_owned),
+            slots: Arc::new(Semaphore::new(self.slots)),
+            memory: Arc::new(Semaphore::new(SHARE_KIB as usize)),
+        };
+        if shares.len() < SHARES {
+            let share = new();
+            shares.push(share.clone());
+            return share;
+        }
+        if let Some(idle) = shares.iter_mut().find(|share| share.is_idle()) {
+            idle.registry = registry.map(str::to_owned);
+            return idle.clone();
+        }
+        let left = |share: &&Share| (share.slots.available_permits(), share.memory.available_permits());
+        shares.iter().max_by_key(left).cloned().unwrap_or_else(new)
+    }
+}
+
+impl Share {
+    /// Whether nobody has or waits for anything of it: permits and waiters keep the semaphores.
+    fn is_idle(&self) -> bool {
+        Arc::strong_count(&self.slots) == 1 && Arc::strong_count(&self.memory) == 1
     }
 }
 
@@ -74,17 +124,18 @@ impl Engine {
         }
     }
 
-    /// A request slot of the lane.
-    pub(super) async fn slot(&self, lane: Lane) -> Option<OwnedSemaphorePermit> {
-        Arc::clone(&self.limits(lane).slots).acquire_owned().await.ok()
+    /// A slot of the lane for a request of this blob.
+    pub(super) async fn slot(&self, lane: Lane, blob: &Blob) -> Option<OwnedSemaphorePermit> {
+        let slots = self.limits(lane).share(blob.registry()).slots;
+        slots.acquire_owned().await.ok()
     }
 
-    /// Memory for so many bytes of the lane, or all it has.
-    pub(super) async fn memory(&self, lane: Lane, bytes: u64) -> Option<Permit> {
+    /// Memory of the lane for so many bytes of this blob, or all there is.
+    pub(super) async fn memory(&self, lane: Lane, blob: &Blob, bytes: u64) -> Option<Permit> {
         let kib = u32::try_from(bytes.div_ceil(1024))
-            .unwrap_or(LANE_KIB)
-            .clamp(1, LANE_KIB);
-        let memory = Arc::clone(&self.limits(lane).memory);
+            .unwrap_or(SHARE_KIB)
+            .clamp(1, SHARE_KIB);
+        let memory = self.limits(lane).share(blob.registry()).memory;
         memory.acquire_many_owned(kib).await.ok().map(Arc::new)
     }
 
@@ -92,7 +143,7 @@ impl Engine {
     pub(super) fn spawn_transfer(self: &Arc<Self>, run: Run, lane: Lane) {
         let engine = Arc::clone(self);
         self.handle.spawn(async move {
-            let Some(slot) = engine.slot(lane).await else {
+            let Some(slot) = engine.slot(lane, &run.layer.blob).await else {
                 return;
             };
             engine.transfer(run, lane).await;
@@ -104,7 +155,7 @@ impl Engine {
     pub(super) async fn transfer(self: &Arc<Self>, run: Run, lane: Lane) {
         let Run { layer, range, wanted } = run;
         tracing::trace!(?lane, layer = %layer.digest, from = range.start, to = range.end, streams = wanted.len(), "transfer");
-        let Some(permit) = self.memory(lane, range.end - range.start).await else {
+        let Some(permit) = self.memory(lane, &layer.blob, range.end - range.start).await else {
             return;
         };
         let (nothing, wanted): (Vec<_>, Vec<_>) = wanted
@@ -247,5 +298,50 @@ pub(super) async fn next(
             tracing::error!("a body was silent for {} s", SILENCE_MAX.as_secs());
             None
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_registry_without_slots_leaves_the_others_theirs() {
+        let limits = Limits::demand();
+        let take = |registry: &str| {
+            let share = limits.share(Some(registry));
+            let memory = share.memory.try_acquire_many_owned(1024).ok()?;
+            Some((share.slots.try_acquire_owned().ok()?, memory))
+        };
+        let stuck: Vec<_> = std::iter::from_fn(|| take("dead")).collect();
+        assert_eq!(stuck.len(), DEMAND_SLOTS);
+        assert!(limits.in_use() && take("healthy").is_some());
+        drop(stuck);
+        assert!(!limits.in_use());
+    }
+
+    #[test]
+    fn shares_are_few_and_go_to_those_that_use_them() {
+        let limits = Limits::prefetch();
+        let all = u32::try_from(PREFETCH_SLOTS).unwrap();
+        let mut used: Vec<_> = (0..SHARES)
+            .map(|number| {
+                let share = limits.share(Some(&number.to_string()));
+                let slots = if number == 2 { 1 } else { all };
+                share.slots.try_acquire_many_owned(slots).unwrap()
+            })
+            .collect();
+        let guest = limits.share(Some("guest"));
+        assert_eq!(guest.registry.as_deref(), Some("2"), "the one with most left");
+        drop(guest);
+        drop(used.remove(1));
+        let heir = limits.share(Some("heir"));
+        assert_eq!(heir.slots.available_permits(), PREFETCH_SLOTS);
+        assert_eq!(heir.registry.as_deref(), Some("heir"));
+        assert!(
+            limits.share(None).registry.is_some(),
+            "a share that is used was given away"
+        );
+        assert_eq!(lock(&limits.shares).len(), SHARES);
     }
 }

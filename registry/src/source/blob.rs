@@ -51,6 +51,11 @@ impl Blob {
         self.size
     }
 
+    /// The registry that the blob is read from (host and port as users write them); `None` for local places.
+    pub fn registry(&self) -> Option<&str> {
+        Some(&self.source.session()?.place.registry)
+    }
+
     /// The repository that the blob is read from, if it is one of that registry (host and port as users write them).
     pub(crate) fn repository_in(&self, registry: &str) -> Option<&str> {
         let place = &self.source.session()?.place;
