@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
+use crate::namespace::Namespace;
 use crate::world::{errors, eventually, text};
 
 /// A loopback port that was free a moment ago.
@@ -78,7 +79,20 @@ impl Drop for Service {
 pub struct DockerRegistry {
     /// Where it listens.
     pub addr: SocketAddr,
-    _service: Service,
+    service: Service,
+}
+
+/// A request that a registry has answered.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Request {
+    /// `GET` and the like.
+    pub method: String,
+    /// Path and query.
+    pub path: String,
+    /// Status of the answer.
+    pub status: u16,
+    /// Bytes of its body.
+    pub bytes: u64,
 }
 
 impl DockerRegistry {
@@ -94,10 +108,49 @@ impl DockerRegistry {
         fs::write(&config, yaml).unwrap();
         let mut service = Service::start(dir, Command::new("docker-registry").arg("serve").arg(&config));
         service.wait_for_port(addr);
-        Self {
-            addr,
-            _service: service,
-        }
+        Self { addr, service }
+    }
+
+    /// Copies an image into it as it is and returns its name here.
+    pub fn take(&self, source: &str, repository: &str) -> String {
+        let target = format!("{}/{repository}:latest", self.addr);
+        let output = Command::new("skopeo")
+            .args([
+                "copy",
+                "--quiet",
+                "--all",
+                "--preserve-digests",
+                "--dest-tls-verify=false",
+            ])
+            .args([source, &format!("docker://{target}")])
+            .output()
+            .unwrap();
+        assert!(
+            output.status.success(),
+            "skopeo copy {source}: {}",
+            errors(&output)
+        );
+        target
+    }
+
+    /// What it has answered so far, by its access log, oldest first.
+    pub fn requests(&self) -> Vec<Request> {
+        let log = fs::read_to_string(&self.service.log).unwrap();
+        log.lines().filter_map(Request::parse).collect()
+    }
+}
+
+impl Request {
+    /// Reads a line of the common log format, whose request, status and size follow the first quote.
+    fn parse(line: &str) -> Option<Self> {
+        let (request, rest) = line.split_once("] \"")?.1.split_once("\" ")?;
+        let (mut request, mut rest) = (request.split(' '), rest.split(' '));
+        Some(Self {
+            method: request.next()?.into(),
+            path: request.next()?.into(),
+            status: rest.next()?.parse().ok()?,
+            bytes: rest.next()?.parse().ok()?,
+        })
     }
 }
 
@@ -222,16 +275,29 @@ fn certificate(dir: &Path) -> PathBuf {
 
 /// A containerd of its own: configuration, state, socket and content in one directory.
 #[derive(Debug)]
-pub struct Containerd {
+pub struct Containerd<'a> {
+    namespace: Option<&'a Namespace>,
     socket: PathBuf,
     _service: Service,
 }
 
-impl Containerd {
-    /// Starts one.
+impl Containerd<'static> {
+    /// Starts the host's.
     pub fn start(dir: &Path) -> Self {
+        Self::start_with(None, dir)
+    }
+}
+
+impl<'a> Containerd<'a> {
+    /// Starts one in a namespace, where its mounts stay.
+    pub fn start_in(namespace: &'a Namespace, dir: &Path) -> Self {
+        Self::start_with(Some(namespace), dir)
+    }
+
+    fn start_with(namespace: Option<&'a Namespace>, dir: &Path) -> Self {
         let socket = dir.join("c.sock");
         let config = dir.join("config.toml");
+        fs::create_dir_all(dir).unwrap();
         let toml = format!(
             "version = 2\nroot = \"{0}/root\"\nstate = \"{0}/state\"\ndisabled_plugins = [\"io.containerd.grpc.v1.cri\"]\n\
              [grpc]\naddress = \"{1}\"\n[ttrpc]\naddress = \"{0}/t.sock\"\n",
@@ -239,10 +305,12 @@ impl Containerd {
             socket.display()
         );
         fs::write(&config, toml).unwrap();
-        let mut service = Service::start(dir, Command::new("containerd").arg("--config").arg(&config));
+        let program =
+            |name: &str| namespace.map_or_else(|| Command::new(name), |namespace| namespace.command(name));
+        let mut service = Service::start(dir, program("containerd").arg("--config").arg(&config));
         eventually("containerd to listen", || {
             service.assert_running();
-            Command::new("ctr")
+            program("ctr")
                 .arg("--address")
                 .arg(&socket)
                 .arg("version")
@@ -250,6 +318,7 @@ impl Containerd {
                 .is_ok_and(|o| o.status.success())
         });
         Self {
+            namespace,
             socket,
             _service: service,
         }
@@ -257,13 +326,36 @@ impl Containerd {
 
     /// Runs `ctr` and expects success.
     pub fn ctr(&self, arguments: &[&str]) -> String {
-        let output = Command::new("ctr")
+        self.client("ctr", arguments)
+    }
+
+    /// Runs a client, `ctr` or `ctr-remote`, and expects success.
+    pub fn client(&self, name: &str, arguments: &[&str]) -> String {
+        let mut command = self
+            .namespace
+            .map_or_else(|| Command::new(name), |namespace| namespace.command(name));
+        let output = command
             .arg("--address")
             .arg(&self.socket)
             .args(arguments)
             .output()
             .unwrap();
-        assert!(output.status.success(), "ctr {arguments:?}: {}", errors(&output));
+        assert!(
+            output.status.success(),
+            "{name} {arguments:?}: {}",
+            errors(&output)
+        );
         text(&output)
+    }
+
+    /// Pulls an image from a registry without TLS into a namespace of containerd's, where it shares no layer with images in
+    /// others, and mounts it on a new directory, whose path from outside is returned.
+    pub fn pull_and_mount(&self, namespace: &str, image: &str, dir: &Path) -> PathBuf {
+        let ctr = |arguments: &[&str]| self.ctr(&[&["--namespace", namespace, "image"], arguments].concat());
+        ctr(&["pull", "--plain-http", image]);
+        fs::create_dir_all(dir).unwrap();
+        ctr(&["mount", image, &dir.display().to_string()]);
+        self.namespace
+            .map_or_else(|| dir.to_owned(), |namespace| namespace.path(dir))
     }
 }
