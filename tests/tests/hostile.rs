@@ -6,6 +6,7 @@ use std::path::Path;
 
 use peel::demo::registry::{Action, Rule};
 use peel_image::Digest;
+use peel_image::write::{Dialect, Format};
 use peel_tests::image::{Layer, Tar, entry, noise, push};
 use peel_tests::world::{World, errors, read};
 use serde_json::{Value, json};
@@ -108,13 +109,29 @@ fn a_truncated_blob_is_an_error_and_nothing_else() {
 /// A change to a table of contents.
 type Lie = fn(&mut Vec<Value>);
 
-/// Mounts an image whose table of contents lies, reads everything, and requires that every read either fails or
+/// The same files in Podman's dialect of zstd:chunked.
+fn podman_layer() -> Layer {
+    let format = Format::ZstdChunked {
+        dialect: Dialect::Podman,
+        chunk_size: 0,
+        level: 3,
+    };
+    Layer::written(&tar(), format).unwrap()
+}
+
+/// Mounts images whose tables of contents lie, reads everything, and requires that every read either fails or
 /// gives bytes that some file really has.
 fn assert_harmless(what: &str, lie: Lie) {
+    assert_one_harmless(&format!("eStargz, {what}"), layer(), layer().with_contents(lie));
+    let lying = podman_layer().with_podman_contents(lie);
+    assert_one_harmless(&format!("zstd:chunked, {what}"), podman_layer(), lying);
+}
+
+fn assert_one_harmless(what: &str, honest: Layer, lying: Layer) {
     let world = World::new().with_read_deadline(5);
     let registry = world.registry();
-    let honest = push(&registry, "app", "honest", &[layer()]);
-    let name = push(&registry, "app", "lying", &[layer().with_contents(lie)]);
+    let honest = push(&registry, "app", "honest", &[honest]);
+    let name = push(&registry, "app", "lying", &[lying]);
     let dir = world.dir("lying");
     let output = world.run(&["mount", &name, dir.to_str().unwrap()]);
     if output.status.success() {
