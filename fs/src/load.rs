@@ -5,22 +5,20 @@
 //! resolved, and then everything else is asked for at once: the configuration, every layer's TOC, and the first
 //! prioritized bytes. Layers that cannot be lazy are pulled whole.
 //!
-//! An index is kept by [`lazy_key`], which names the blob and the TOC that a manifest vouches for: lazy blobs are never
-//! hashed whole, so another manifest's annotations must not reach this one's index.
+//! Whether a layer is lazy, and by which TOC, is decided by [`peel_image::lazy`]; an index is kept by [`Candidate::key`].
 
 mod known;
 mod layer;
 mod order;
-mod toc;
 mod whole;
 
-use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::thread;
 
 use oci_spec::image::{Descriptor, ImageConfiguration, ImageManifest};
 use peel_image::layer::LayerIndex;
+use peel_image::lazy::Candidate;
 use peel_image::tree::Tree;
 use peel_image::{Digest, annotations};
 use peel_registry::{Blob, ImageName, ResolvedImage, Source};
@@ -471,24 +469,10 @@ pub(crate) async fn blocking<T: Send + 'static>(
         .map_err(|_| Error::Stopping)
 }
 
-/// Name under which the index of a lazy layer is kept: the blob, and the TOC that the manifest vouches for.
-pub(crate) fn lazy_key(blob: &Digest, toc: &Digest) -> Digest {
-    Digest::of(format!("lazy layer {blob} {toc}").as_bytes())
-}
-
-/// The annotations of a descriptor.
-pub(crate) fn annotations_of(descriptor: &Descriptor) -> HashMap<String, String> {
-    descriptor.annotations().clone().unwrap_or_default()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_lazy_index_is_bound_to_its_toc() {
-        let (blob, toc) = (Digest::of(b"blob"), Digest::of(b"toc"));
-        assert_ne!(lazy_key(&blob, &toc), lazy_key(&blob, &blob));
-        assert_ne!(lazy_key(&blob, &toc), blob);
-    }
+/// What a descriptor says of its layer.
+pub(crate) fn candidate(descriptor: &Descriptor) -> Candidate {
+    let annotations = descriptor.annotations().as_ref();
+    Candidate::new(descriptor.media_type().as_ref(), descriptor.size(), |name| {
+        annotations?.get(name).map(String::as_str)
+    })
 }

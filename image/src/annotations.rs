@@ -1,13 +1,32 @@
 //! Annotations of layer descriptors and manifests that lazy formats use.
 //!
-//! The first group is upstream's (stargz-snapshotter, `estargz/types.go`), the second is peel's own: hints that save
-//! round trips or order the prefetch. A hint is never trusted: what it points at is verified like anything else.
+//! The first group is upstream's (stargz-snapshotter, `estargz/types.go` and `nativeconverter/`; containers/storage,
+//! `pkg/chunked/internal/minimal/compression.go`), the last is peel's own: hints that save round trips or order
+//! the prefetch. A hint is never trusted: what it points at is verified like anything else.
 
 /// sha256 of the uncompressed TOC JSON of an eStargz (or stargz-dialect zstd:chunked) layer.
 pub const TOC_DIGEST: &str = "containerd.io/snapshot/stargz/toc.digest";
 /// Uncompressed size of an eStargz layer in bytes, decimal.
 pub const UNCOMPRESSED_SIZE: &str = "io.containers.estargz.uncompressed-size";
 
+/// On a layer of a TOC image: the eStargz layer whose TOC it holds.
+pub const LAYER_DIGEST: &str = "containerd.io/snapshot/stargz/layer.digest";
+/// What is added to an image's tag to name the image beside it that holds the TOCs of its layers.
+pub const TOC_IMAGE_SUFFIX: &str = "-esgztoc";
+
+/// zstd:chunked: sha256 of the compressed TOC (containers/storage 1.44 and later).
+pub const ZSTD_MANIFEST_CHECKSUM: &str = "io.github.containers.zstd-chunked.manifest-checksum";
+/// zstd:chunked: where the compressed TOC is, `offset:compressed size:size:1`.
+pub const ZSTD_MANIFEST_POSITION: &str = "io.github.containers.zstd-chunked.manifest-position";
+/// zstd:chunked: where the compressed tar-split is, `offset:compressed size:size`.
+pub const ZSTD_TARSPLIT_POSITION: &str = "io.github.containers.zstd-chunked.tarsplit-position";
+/// The same as [`ZSTD_MANIFEST_CHECKSUM`] under its first name, which stargz-snapshotter kept.
+pub const ZSTD_OLD_MANIFEST_CHECKSUM: &str = "io.containers.zstd-chunked.manifest-checksum";
+/// The same as [`ZSTD_MANIFEST_POSITION`] under its first name, which stargz-snapshotter kept.
+pub const ZSTD_OLD_MANIFEST_POSITION: &str = "io.containers.zstd-chunked.manifest-position";
+
+/// peel: present where the TOC of an eStargz layer is in the image beside it. Saves the request for the footer.
+pub const TOC_EXTERNAL: &str = "dev.peel.toc.external";
 /// peel: offset of the TOC in the layer blob in bytes, decimal. Saves the request for the footer.
 pub const TOC_OFFSET: &str = "dev.peel.toc.offset";
 /// peel: end of the prioritized range `[0, end)` of the layer blob in bytes, decimal. Lets the prefetch start together

@@ -4,6 +4,7 @@
 //! reader ([`inflate_member`]). Every output has a limit that the caller chooses; nothing is allocated by what the
 //! compressed bytes merely claim.
 
+use std::cell::RefCell;
 use std::fmt;
 use std::io::{self, BufRead, BufReader, Cursor, Read};
 use std::sync::Arc;
@@ -262,11 +263,62 @@ pub fn decode_chunk(
             )
         }
         Encoding::Zstd => {
+            if let Some(chunk) = zstd_at_once(compressed, inner_offset, size) {
+                return Ok(chunk);
+            }
             let decoder =
                 zstd_decoder(compressed).map_err(|source| CompressionError::Damaged { encoding, source })?;
             read_chunk(encoding, decoder, inner_offset, size)
         }
         Encoding::Plain => read_chunk(encoding, compressed, inner_offset, size),
+    }
+}
+
+/// Bytes that may follow a chunk in its zstd frame and still let it be decompressed at once: padding and a few headers.
+const ZSTD_SLACK: u64 = 16 << 10;
+/// Most output of a chunk that is decompressed at once: the memory is claimed before the bytes are known to be there.
+const ZSTD_AT_ONCE_MAX: u64 = 16 << 20;
+
+/// The chunk, if all frames of `compressed` are whole and hold little else. A streaming decompressor allocates the frame's window,
+/// up to 8 MiB for chunks of some KiB; this one writes where the bytes are wanted.
+fn zstd_at_once(compressed: &[u8], inner_offset: u64, size: u64) -> Option<Vec<u8>> {
+    thread_local! {
+        static DECOMPRESSOR: RefCell<Option<zstd::bulk::Decompressor<'static>>> = RefCell::new(new_decompressor());
+    }
+    let end = inner_offset
+        .checked_add(size)
+        .filter(|end| *end <= ZSTD_AT_ONCE_MAX)?;
+    let capacity = usize::try_from(end + ZSTD_SLACK).ok()?;
+    let mut output = DECOMPRESSOR.with_borrow_mut(|decompressor| {
+        let decompressor = decompressor.as_mut()?;
+        decompressor.decompress(compressed, capacity).ok()
+    })?;
+    let end = usize::try_from(end).ok().filter(|end| *end <= output.len())?;
+    output.truncate(end);
+    output.drain(..usize::try_from(inner_offset).ok()?);
+    Some(output)
+}
+
+fn new_decompressor() -> Option<zstd::bulk::Decompressor<'static>> {
+    let mut decompressor = zstd::bulk::Decompressor::new().ok()?;
+    decompressor.window_log_max(ZSTD_WINDOW_LOG_MAX).ok()?;
+    Some(decompressor)
+}
+
+/// Uncompresses all of `data`: any number of zstd frames, at most `limit` bytes.
+pub fn decompress_zstd(data: &[u8], limit: u64) -> Result<Vec<u8>, CompressionError> {
+    let encoding = Encoding::Zstd;
+    let damaged = |source| CompressionError::Damaged { encoding, source };
+    let mut output = Vec::new();
+    let stream = zstd_decoder(data).map_err(damaged)?;
+    stream
+        .take(limit.saturating_add(1))
+        .read_to_end(&mut output)
+        .map_err(damaged)?;
+    if u64::try_from(output.len()).is_ok_and(|length| length <= limit) {
+        Ok(output)
+    } else {
+        Err(CompressionError::TooLarge { encoding, limit })
     }
 }
 

@@ -4,7 +4,8 @@
 //! * [`layer`]: the format-independent model of one layer: entries, file chunks and where they lie in the blob.
 //! * [`tar`]: reading and writing tar streams; [`compression`]: telling and undoing gzip and zstd.
 //! * [`tar_split`]: a tar stream without its contents, and made again from them.
-//! * [`estargz`]: footers and TOC. * [`mod@write`]: layers written in every format.
+//! * [`estargz`], [`zstd_chunked`]: footers and TOCs. [`lazy`]: from a descriptor to a verified index, whatever the format.
+//! * [`mod@write`]: layers written in every format.
 //! * [`tree`]: layers merged into one file tree (whiteouts applied).
 //! * [`views`]: what a TOC and what a tar stream say of one layer, compared.
 //! * [`profile`]: what an image touched while it started.
@@ -18,6 +19,7 @@ pub mod compression;
 pub mod digest;
 pub mod estargz;
 pub mod layer;
+pub mod lazy;
 pub mod media;
 pub mod path;
 pub mod profile;
@@ -26,5 +28,6 @@ pub mod tar_split;
 pub mod tree;
 pub mod views;
 pub mod write;
+pub mod zstd_chunked;
 
 pub use digest::{Digest, Hasher};

@@ -56,6 +56,8 @@ use pool::WorkerLost;
 use spool::Spool;
 use toc::Shape;
 
+pub use crate::zstd_chunked::Dialect;
+
 /// Upstream's chunk size, for a `chunk_size` of 0.
 pub const DEFAULT_CHUNK_SIZE: u64 = 4 << 20;
 /// Largest chunk size: a reader holds a chunk in memory, compressed and not, and so does the writer several times.
@@ -121,16 +123,6 @@ pub enum Format {
     },
     /// An ordinary layer, not compressed.
     Plain,
-}
-
-/// The two kinds of zstd:chunked.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum Dialect {
-    /// That of Podman, Buildah, Skopeo and CRI-O.
-    #[default]
-    Podman,
-    /// That of stargz-snapshotter and nerdctl.
-    Stargz,
 }
 
 impl Format {

@@ -2,254 +2,74 @@
 //! store and no server: `inspect`, `ls`, `cat` and `convert` use this.
 
 use std::io::{self, Read};
-use std::ops::Range;
 
 use anyhow::{Context, bail};
 use bytes::Bytes;
 use oci_spec::image::Descriptor;
-use peel_image::estargz::footer::{ESTARGZ_FOOTER, Footer};
-use peel_image::estargz::{FooterError, TOC_MEMBER_MAX, TocLocation, extract_toc, locate, read_index};
-use peel_image::layer::{Chunk, ChunkSource, EntryKind, LayerIndex};
-use peel_image::{Digest, annotations, compression, media};
-use peel_registry::{Blob, ByteStream};
-use serde::Serialize;
+use peel_image::layer::{Chunk, ChunkSource, LayerIndex};
+use peel_image::lazy::{CHUNK_MAX, Candidate};
+use peel_image::{Digest, compression};
+use peel_registry::{Blob, ByteStream, TocBytes, TocImage, fetch_toc};
 use tokio::runtime::Handle;
 use tokio::sync::mpsc;
 
-/// How much of a blob's end is fetched first: most TOCs fit, and it costs little more than a round trip.
-const TAIL: u64 = 128 << 10;
-/// Most bytes that one chunk may uncompress to together with what stands before it in its stream.
-const CHUNK_MAX: u64 = 256 << 20;
+pub use peel_image::lazy::{Format, NotLazy, Origin, TocState};
+
 /// Pieces of a stream that wait for their reader; a piece has at most some hundred KiB.
 const PIECES: usize = 16;
-/// Magic of stargz-snapshotter's zstd:chunked footer, its last 8 bytes.
-const ZSTD_CHUNKED_STARGZ: &[u8] = b"GnUlInUx";
-/// Magic of containers/storage's zstd:chunked footer, its last 8 bytes.
-const ZSTD_CHUNKED_CONTAINERS: &[u8] = b"GNUlInUx";
-
-/// What a layer blob is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-pub enum Format {
-    /// eStargz: gzip members and a TOC.
-    #[serde(rename = "eStargz")]
-    Estargz,
-    /// stargz, its predecessor.
-    #[serde(rename = "stargz")]
-    Stargz,
-    /// eStargz whose TOC is in another image.
-    #[serde(rename = "eStargz with external TOC")]
-    ExternalToc,
-    /// zstd:chunked as stargz-snapshotter writes it.
-    #[serde(rename = "zstd:chunked (stargz)")]
-    ZstdChunkedStargz,
-    /// zstd:chunked as Podman, Buildah and skopeo write it.
-    #[serde(rename = "zstd:chunked (containers)")]
-    ZstdChunkedContainers,
-    /// tar in gzip.
-    #[serde(rename = "tar+gzip")]
-    Gzip,
-    /// tar in zstd.
-    #[serde(rename = "tar+zstd")]
-    Zstd,
-    /// tar.
-    #[serde(rename = "tar")]
-    Tar,
-    /// Not a layer by its media type.
-    #[serde(rename = "unknown")]
-    Unknown,
-}
-
-/// How a TOC stands to what the manifest says of it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "kebab-case", tag = "state")]
-pub enum TocState {
-    /// The layer has none.
-    None,
-    /// It is the one that the manifest vouches for.
-    Verified {
-        /// sha256 of the TOC JSON.
-        digest: Digest,
-    },
-    /// The manifest says nothing about it.
-    NotVouchedFor {
-        /// sha256 of the TOC JSON.
-        digest: Digest,
-    },
-    /// The manifest says something else.
-    Differs {
-        /// sha256 of the TOC JSON.
-        digest: Digest,
-        /// What the manifest says it is.
-        annotated: Digest,
-    },
-}
-
-/// All that the end of a blob says about a layer.
+/// All that can be said of a layer without its files.
 #[derive(Debug)]
 pub struct Examined {
     /// What it is.
     pub format: Format,
+    /// What told where its TOC is.
+    pub origin: Option<Origin>,
     /// Its TOC.
     pub toc: TocState,
-    /// Offset of the TOC in the blob, where it has one.
+    /// Offset of the TOC in the blob, where it has one there.
     pub toc_offset: Option<u64>,
-    /// Its entries, or in one sentence why it cannot be served lazily.
-    pub index: Result<LayerIndex, String>,
+    /// Its entries, or why it cannot be served lazily.
+    pub index: Result<LayerIndex, NotLazy>,
 }
 
-impl Examined {
-    fn plain(format: Format, reason: impl Into<String>) -> Self {
-        Self {
-            format,
-            toc: TocState::None,
-            toc_offset: None,
-            index: Err(reason.into()),
-        }
-    }
-}
-
-/// Looks at the end of a layer blob: one request, or two when the TOC is long.
-pub async fn examine(blob: &Blob, descriptor: &Descriptor) -> Result<Examined, peel_registry::Error> {
-    let media_type = descriptor.media_type().to_string();
-    let Some(encoding) = media::layer_encoding(&media_type) else {
-        return Ok(Examined::plain(
-            Format::Unknown,
-            format!("its media type {media_type} is not that of a layer"),
-        ));
-    };
-    let hint = annotation(descriptor, annotations::TOC_OFFSET)
-        .and_then(|text| text.parse::<u64>().ok())
-        .and_then(|offset| blob.size().checked_sub(offset))
-        .filter(|length| *length <= TOC_MEMBER_MAX)
-        .unwrap_or(TAIL);
-    let footer = u64::try_from(ESTARGZ_FOOTER).unwrap_or(u64::MAX);
-    let start = blob.size().saturating_sub(hint.max(footer));
-    let tail = blob.read(start..blob.size()).await?;
-    match locate(&tail, blob.size()) {
-        Ok(location) => examine_toc(blob, descriptor, location, start, &tail).await,
-        Err(FooterError::NotEstargz) => Ok(match encoding {
-            _ if tail.ends_with(ZSTD_CHUNKED_STARGZ) => Examined::plain(
-                Format::ZstdChunkedStargz,
-                "it is zstd:chunked, which this version reads only whole",
-            ),
-            _ if tail.ends_with(ZSTD_CHUNKED_CONTAINERS) => Examined::plain(
-                Format::ZstdChunkedContainers,
-                "it is zstd:chunked, which this version reads only whole",
-            ),
-            peel_image::layer::Encoding::Gzip => {
-                Examined::plain(Format::Gzip, "it is one gzip stream without a table of contents")
-            }
-            peel_image::layer::Encoding::Zstd => {
-                Examined::plain(Format::Zstd, "it is one zstd stream without a table of contents")
-            }
-            peel_image::layer::Encoding::Plain => {
-                Examined::plain(Format::Tar, "it is a tar file without a table of contents")
-            }
-        }),
-        Err(error) => Ok(Examined::plain(
-            Format::Estargz,
-            format!("its footer is damaged: {error}"),
-        )),
-    }
-}
-
-async fn examine_toc(
+/// Finds out what a layer is: one request, or two when its TOC is long, or those for the TOC in the image beside. Agrees with what
+/// a mount does, and also looks at TOCs that nobody vouches for.
+pub async fn examine(
     blob: &Blob,
     descriptor: &Descriptor,
-    location: TocLocation,
-    start: u64,
-    tail: &Bytes,
+    beside: &TocImage,
 ) -> Result<Examined, peel_registry::Error> {
-    let format = match location.footer {
-        Footer::Estargz { .. } => Format::Estargz,
-        Footer::Stargz { .. } => Format::Stargz,
-        Footer::External => {
-            return Ok(Examined::plain(
-                Format::ExternalToc,
-                "its table of contents is in another image, where this version does not look for it",
-            ));
-        }
+    let media_type = descriptor.media_type().to_string();
+    let candidate = Candidate::new(&media_type, blob.size(), |name| annotation(descriptor, name));
+    let plain = |format, reason| Examined {
+        format,
+        origin: None,
+        toc: TocState::None,
+        toc_offset: None,
+        index: Err(reason),
     };
-    let member = location.payload_end..location.payload_end.saturating_add(location.toc_size);
-    let member = part(blob, member, start, tail).await?;
-    let broken = |reason: String| Examined {
-        toc_offset: Some(location.payload_end),
-        ..Examined::plain(format, reason)
+    let format = candidate.plain_format();
+    if format == Format::Unknown {
+        return Ok(plain(format, NotLazy::MediaType(media_type)));
+    }
+    let TocBytes { located, bytes } = match fetch_toc(blob, &candidate, beside).await? {
+        Ok(fetched) => fetched,
+        Err(reason) => return Ok(plain(format, reason)),
     };
-    let toc = match extract_toc(&member) {
+    let without = |reason| Examined {
+        origin: Some(located.origin),
+        toc_offset: located.toc.as_ref().map(|toc| toc.start),
+        ..plain(located.format, reason)
+    };
+    let toc = match bytes.and_then(|bytes| located.open(&bytes)) {
         Ok(toc) => toc,
-        Err(error) => return Ok(broken(format!("its table of contents cannot be read: {error}"))),
-    };
-    let digest = toc.digest;
-    let annotated = annotation(descriptor, annotations::TOC_DIGEST).map(str::parse::<Digest>);
-    let (state, distrust) = match annotated {
-        Some(Ok(annotated)) if annotated == digest => (TocState::Verified { digest }, None),
-        Some(Ok(annotated)) => (
-            TocState::Differs { digest, annotated },
-            Some(format!(
-                "its table of contents is {digest}, but the manifest says {annotated}"
-            )),
-        ),
-        Some(Err(error)) => (
-            TocState::NotVouchedFor { digest },
-            Some(format!(
-                "the manifest's annotation {} is not a digest: {error}",
-                annotations::TOC_DIGEST
-            )),
-        ),
-        None => (
-            TocState::NotVouchedFor { digest },
-            Some(format!(
-                "the manifest does not vouch for its table of contents (no annotation {})",
-                annotations::TOC_DIGEST
-            )),
-        ),
-    };
-    let index = match (distrust, read_index(&toc.json, location.payload_end)) {
-        (Some(reason), _) => Err(reason),
-        (None, Err(error)) => Err(format!("its table of contents cannot be used: {error}")),
-        (None, Ok(index)) => match index.entries.iter().find(|entry| !is_lazy(&entry.kind)) {
-            Some(entry) => Err(format!(
-                "its table of contents has no digests of the chunks of {}",
-                entry.path
-            )),
-            None => Ok(index),
-        },
+        Err(reason) => return Ok(without(reason)),
     };
     Ok(Examined {
-        format,
-        toc: state,
-        toc_offset: Some(location.payload_end),
-        index,
+        toc: candidate.state(&toc),
+        index: candidate.index(&located, &toc),
+        ..without(NotLazy::NotVouchedFor)
     })
-}
-
-fn is_lazy(kind: &EntryKind) -> bool {
-    match kind {
-        EntryKind::Regular(content) => content.is_lazy(),
-        _ => true,
-    }
-}
-
-/// The bytes of `range`, taken from `tail` (which begins at `start`) as far as they are there.
-async fn part(
-    blob: &Blob,
-    range: Range<u64>,
-    start: u64,
-    tail: &Bytes,
-) -> Result<Bytes, peel_registry::Error> {
-    let inside = |offset: u64| {
-        usize::try_from(offset.saturating_sub(start))
-            .unwrap_or(usize::MAX)
-            .min(tail.len())
-    };
-    let here = tail.slice(inside(range.start)..inside(range.end));
-    if range.start >= start {
-        return Ok(here);
-    }
-    let mut whole = blob.read(range.start..start.min(range.end)).await?.to_vec();
-    whole.extend_from_slice(&here);
-    Ok(whole.into())
 }
 
 /// An annotation of a descriptor.

@@ -106,6 +106,11 @@ impl Layout {
             .ok_or_else(|| self.no_such_tag(&format!("has no image {tag:?}")))
     }
 
+    /// Whether [`Layout::find`] finds an image with this tag.
+    pub(crate) fn has_tag(&self, tag: &str) -> bool {
+        self.find(Some(tag)).is_ok()
+    }
+
     fn no_such_tag(&self, reason: &str) -> Error {
         let tags: Vec<_> = self.index.manifests().iter().filter_map(tag_of).collect();
         let mut list = tags

@@ -3,6 +3,7 @@
 //! * [`ImageName`]: what users type.
 //! * [`Source`]: a place to read an image from; [`Source::resolve`] finds the manifest for a platform, [`Source::blob`] gives
 //!   [`Blob`]s, whose ranges come as [`ByteStream`]s.
+//! * [`fetch_toc`]: the table of contents of a layer, wherever it is; [`TocImage`]: the image beside an image that may hold it.
 //! * [`Target`]: a place to write an image to.
 //! * [`ClientOptions`]: how registries are reached; sources and targets with the same options share connections, tokens and
 //!   credentials.
@@ -20,13 +21,16 @@ mod name;
 mod options;
 mod source;
 mod target;
+mod toc;
 mod transfer;
 
 pub use error::{Error, Place};
 pub use name::{ImageName, Reference};
 pub use options::{ClientOptions, Counters};
 pub use source::Source;
+pub use source::beside::TocImage;
 pub use source::blob::Blob;
 pub use source::resolve::{ResolvedImage, ResolvedIndex};
 pub use target::{BlobUpload, Target, Upload};
+pub use toc::{TocBytes, fetch_toc};
 pub use transfer::ByteStream;

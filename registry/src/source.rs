@@ -1,5 +1,6 @@
 //! Where images are read from. `store` and the commands open a [`Source`] by name; all kinds of places look the same to them.
 
+pub(crate) mod beside;
 pub(crate) mod blob;
 pub(crate) mod platform;
 pub(crate) mod resolve;
@@ -50,7 +51,7 @@ enum Home {
         digest: Option<Digest>,
     },
     Layout {
-        layout: Box<Layout>,
+        layout: Arc<Layout>,
         tag: Option<String>,
     },
     DockerArchive(Box<DockerArchive>),
@@ -120,7 +121,7 @@ impl Source {
 
 fn layout_home(layout: Layout, tag: Option<String>) -> Home {
     Home::Layout {
-        layout: Box::new(layout),
+        layout: Arc::new(layout),
         tag,
     }
 }

@@ -4,7 +4,19 @@
 use peel_tests::world::{World, assert_expected, vector};
 
 /// Tags that must be served; all have the same tree.
-const TAGS: &[&str] = &["org", "esgz", "esgz-opt", "esgz-chunk64k", "esgz-min50k"];
+const TAGS: &[&str] = &[
+    "org",
+    "esgz",
+    "esgz-opt",
+    "esgz-chunk64k",
+    "esgz-min50k",
+    "esgz-ext",
+    "esgz-keep",
+    "zstd-stargz",
+    "zstd-stargz-opt",
+    "zstd-podman",
+    "zstd-skopeo",
+];
 
 #[test]
 fn every_image_mounts_to_the_tree_that_containerd_unpacks() {

@@ -3,17 +3,16 @@
 use std::sync::Arc;
 
 use oci_spec::image::Descriptor;
-use peel_image::layer::{ChunkSource, EntryKind, LayerIndex};
-use peel_image::{Digest, annotations};
-use peel_registry::{Blob, Source};
+use peel_image::Digest;
+use peel_image::layer::LayerIndex;
+use peel_image::lazy::Candidate;
+use peel_registry::{Blob, Source, TocBytes, TocImage, fetch_toc};
 use peel_store::LayerVerdict;
 use tokio::sync::{Semaphore, mpsc};
 
-use super::toc::TocFailure;
-use super::{Job, annotations_of, blocking, known, lazy_key, toc, whole};
+use super::{Job, blocking, candidate, known, whole};
 use crate::error::Error;
 use crate::fetch::early::Brake;
-use crate::fetch::layer::CHUNK_MAX;
 use crate::verify::{self, Subject};
 use crate::{LayerReport, Progress};
 
@@ -43,12 +42,10 @@ pub(super) enum Found {
     /// Its TOC has to be fetched.
     Toc {
         blob: Blob,
-        /// Digest that the manifest vouches for.
-        digest: Digest,
-        /// Where the manifest says that it begins.
-        offset: Option<u64>,
-        /// Where the manifest says that the prioritized bytes end.
-        prefetch_end: Option<u64>,
+        /// What the manifest says of it.
+        candidate: Box<Candidate>,
+        /// Name of the index in the store.
+        key: Digest,
     },
     /// It cannot be lazy, for this reason.
     Whole { blob: Blob, reason: String },
@@ -64,7 +61,7 @@ impl Found {
     /// End of the prioritized bytes of a layer whose TOC has to be fetched, as far as the manifest knows it.
     pub(super) fn promised(&self) -> Option<u64> {
         match self {
-            Self::Toc { prefetch_end, .. } => *prefetch_end,
+            Self::Toc { candidate, .. } => candidate.prefetch_end(),
             _ => None,
         }
     }
@@ -105,6 +102,7 @@ pub(super) struct LayerLoader {
     job: Job,
     source: Source,
     pulls: Arc<Semaphore>,
+    beside: TocImage,
 }
 
 impl LayerLoader {
@@ -113,6 +111,7 @@ impl LayerLoader {
             job: job.clone(),
             source: source.clone(),
             pulls: Arc::new(Semaphore::new(PULLS)),
+            beside: TocImage::new(source, job.request.platform.as_deref()),
         }
     }
 
@@ -123,64 +122,51 @@ impl LayerLoader {
             .blob(&descriptor)
             .map_err(|error| self.job.registry_error(error))?;
         let whole = |blob, reason| Ok(Found::Whole { blob, reason });
-        let annotations = annotations_of(&descriptor);
-        let digest = match annotations
-            .get(annotations::TOC_DIGEST)
-            .map(|text| text.parse::<Digest>())
-        {
-            Some(Ok(digest)) => digest,
-            Some(Err(error)) => {
-                let reason = format!("the annotation {} is unusable: {error}", annotations::TOC_DIGEST);
-                return whole(blob, reason);
-            }
-            None => {
-                let reason = format!(
-                    "nothing vouches for a table of contents (no annotation {})",
-                    annotations::TOC_DIGEST
-                );
-                return whole(blob, reason);
-            }
-        };
-        let key = lazy_key(&blob.digest(), &digest);
+        let candidate = candidate(&descriptor);
+        if let Err(reason) = candidate.vouched() {
+            return whole(blob, reason.to_string());
+        }
+        let key = candidate.key(&blob.digest());
         let store = self.job.shared.engine.store.clone();
         // A record that cannot be read is as good as none: the TOC is fetched again.
         if let Ok(Some(index)) = blocking(move || store.layer(&key)).await? {
             let index = Box::new(index);
             return Ok(Found::Kept { blob, key, index });
         }
-        let offset = number(&annotations, annotations::TOC_OFFSET).filter(|offset| *offset < blob.size());
-        let limit = offset.unwrap_or(blob.size());
-        let prefetch_end =
-            number(&annotations, annotations::PREFETCH_END).filter(|end| *end > 0 && *end <= limit);
-        Ok(Found::Toc {
-            blob,
-            digest,
-            offset,
-            prefetch_end,
-        })
+        let candidate = Box::new(candidate);
+        Ok(Found::Toc { blob, candidate, key })
     }
 
     /// Gets the index without the files, if that is possible.
     pub(super) async fn metadata(self, found: Found, brake: Brake) -> Result<Metadata, Error> {
-        let (blob, digest, offset) = match found {
+        let (blob, candidate, key) = match found {
             Found::Whole { blob, reason } => return Ok(Metadata::Whole { blob, reason }),
             Found::Kept { blob, key, index } => return Ok(Metadata::lazy(blob, key, *index)),
-            Found::Toc {
-                blob, digest, offset, ..
-            } => (blob, digest, offset),
+            Found::Toc { blob, candidate, key } => (blob, candidate, key),
         };
-        let toc = match toc::fetch(&blob, offset, &digest, brake).await {
-            Ok(toc) => toc,
-            Err(TocFailure::Registry(error)) => return Err(self.job.registry_error(error)),
-            Err(TocFailure::NotLazy(reason)) => return Ok(Metadata::Whole { blob, reason }),
-            Err(TocFailure::Stopping) => return Err(Error::Stopping),
+        let fetched = fetch_toc(&blob, &candidate, &self.beside)
+            .await
+            .map_err(|error| self.job.registry_error(error))?;
+        drop(brake);
+        let read = match fetched {
+            Ok(TocBytes {
+                located,
+                bytes: Ok(bytes),
+            }) => blocking(move || candidate.read(&located, &bytes)).await?,
+            Ok(TocBytes {
+                bytes: Err(reason), ..
+            })
+            | Err(reason) => Err(reason),
         };
-        Ok(match unservable(&toc.index, blob.size()) {
-            Some(reason) => Metadata::Whole { blob, reason },
-            None => {
-                let key = lazy_key(&blob.digest(), &digest);
-                Metadata::lazy(blob, key, toc.index)
+        Ok(match read {
+            Ok(index) => {
+                tracing::debug!(layer = %blob.digest(), entries = index.entries.len(), "TOC read");
+                Metadata::lazy(blob, key, index)
             }
+            Err(reason) => Metadata::Whole {
+                blob,
+                reason: reason.to_string(),
+            },
         })
     }
 
@@ -336,40 +322,4 @@ impl LayerLoader {
         })
         .await
     }
-}
-
-fn number(annotations: &std::collections::HashMap<String, String>, name: &str) -> Option<u64> {
-    annotations.get(name)?.parse().ok()
-}
-
-/// Why the files of a layer cannot be fetched one by one, in one sentence.
-fn unservable(index: &LayerIndex, blob_size: u64) -> Option<String> {
-    for entry in &index.entries {
-        let EntryKind::Regular(content) = &entry.kind else {
-            continue;
-        };
-        let path = &entry.path;
-        if !content.is_lazy() {
-            return Some(format!("its table of contents does not say how to verify {path}"));
-        }
-        if content.chunks.iter().any(|chunk| chunk.size > CHUNK_MAX) {
-            return Some(format!(
-                "a chunk of {path} is larger than {} MiB",
-                CHUNK_MAX >> 20
-            ));
-        }
-        let outside = content.chunks.iter().any(|chunk| match chunk.source {
-            ChunkSource::Blob { offset, .. } => offset >= blob_size,
-            ChunkSource::Zeros => false,
-        });
-        if outside {
-            return Some(format!("its table of contents places {path} outside the layer"));
-        }
-        if let ([chunk], Some(digest)) = (content.chunks.as_slice(), content.digest)
-            && chunk.digest != digest
-        {
-            return Some(format!("its table of contents gives two digests for {path}"));
-        }
-    }
-    None
 }

@@ -1,8 +1,11 @@
 //! The meaning of a TOC: JSON to [`LayerIndex`], with everything checked that can be checked before a byte is fetched.
 //!
-//! The fetcher calls [`read_index`] after it compared the JSON's digest. What holds afterwards: every path is clean, the
+//! [`crate::lazy`] and [`crate::zstd_chunked`] call this after the TOC's digest was compared; both formats have the same JSON but
+//! for some fields, and [`Rules`] says what else differs. What holds afterwards: every path is clean, the
 //! chunks of every file cover it from 0 to its size without gaps, every stream lies inside the payload, streams follow
-//! one another and chunks in one stream do not overlap, and the chunk of a single-chunk file has the file's digest.
+//! one another and chunks in one stream do not overlap (unless the rules allow it), and the chunk of a single-chunk file has the
+//! file's digest. No name holds U+FFFD: JSON has no bytes that are not UTF-8, so that character stands for a name which
+//! the TOC cannot tell.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -24,11 +27,44 @@ use crate::tar::{XATTR_NAME_MAX, XATTR_VALUE_MAX};
 /// few hundred thousand; each costs a reader some hundred bytes of memory, whatever the length of its JSON.
 pub const RECORDS_MAX: usize = 2_000_000;
 
+/// 0001-01-01T00:00:00Z in seconds since the epoch.
+const GO_ZERO_TIME: i64 = -62_135_596_800;
+/// Compressed size of a chunk whose end is not known yet.
+const UNKNOWN: u64 = u64::MAX;
+/// A run of zeros as `chunkType`.
+const ZEROS: &str = "zeros";
+
 /// Reads a TOC. `payload_end` is where the files' bytes end in the blob ([`super::TocLocation::payload_end`]).
 ///
 /// The landmarks are left out of the entries; a file whose chunks cannot be verified one by one (several chunks, but no
 /// digests of them) is listed without chunks.
 pub fn read_index(json: &[u8], payload_end: u64) -> Result<LayerIndex, TocError> {
+    read_index_by(
+        json,
+        &Rules {
+            encoding: Encoding::Gzip,
+            payload_end,
+            landmarks: true,
+            any_order: false,
+        },
+    )
+}
+
+/// What a format allows in its TOC.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Rules {
+    /// How the chunks are compressed.
+    pub(crate) encoding: Encoding,
+    /// Where the files' bytes end in the blob.
+    pub(crate) payload_end: u64,
+    /// Whether files with the names of landmarks are landmarks and no files.
+    pub(crate) landmarks: bool,
+    /// Whether files may lie in the blob in another order than in the TOC, and share bytes.
+    pub(crate) any_order: bool,
+}
+
+/// As [`read_index`], by the rules of a format.
+pub(crate) fn read_index_by(json: &[u8], rules: &Rules) -> Result<LayerIndex, TocError> {
     let length = u64::try_from(json.len()).unwrap_or(u64::MAX);
     if length > TOC_JSON_MAX {
         return Err(TocError::TooLarge(length));
@@ -38,11 +74,12 @@ pub fn read_index(json: &[u8], payload_end: u64) -> Result<LayerIndex, TocError>
             entries: Vec::new(),
             prefetch_end: None,
         },
-        payload_end,
+        rules: *rules,
         records: 0,
         file: None,
         stream: None,
         sharing: Vec::new(),
+        starts: Vec::new(),
         error: None,
     };
     let mut deserializer = serde_json::Deserializer::from_slice(json);
@@ -129,7 +166,7 @@ impl<'de> Visitor<'de> for Entries<'_> {
 
 struct Builder {
     index: LayerIndex,
-    payload_end: u64,
+    rules: Rules,
     records: usize,
     /// The regular file whose chunks are being read; it is not in the index yet.
     file: Option<OpenFile>,
@@ -137,6 +174,8 @@ struct Builder {
     stream: Option<Stream>,
     /// The chunks in that stream, as (entry, chunk): their compressed size is known when the next stream starts.
     sharing: Vec<(usize, usize)>,
+    /// With any order: where chunks begin in the blob.
+    starts: Vec<u64>,
     error: Option<TocError>,
 }
 
@@ -148,6 +187,8 @@ struct OpenFile {
     covered: u64,
     /// Whether all chunks so far have digests.
     verifiable: bool,
+    /// Where in the blob the file's bytes end; 0 if the TOC does not say.
+    end_offset: u64,
 }
 
 #[derive(Clone, Copy)]
@@ -174,11 +215,23 @@ impl Fields<'_> {
     }
 
     fn path(&self, field: &'static str, name: &str) -> Result<EntryPath, TocError> {
+        self.exact(field, name)?;
         EntryPath::clean(name.as_bytes()).map_err(|source| TocError::Name {
             entry: shorten(&self.0.name),
             field,
             source,
         })
+    }
+
+    /// Whether the JSON can have told the name as it is in the tar stream.
+    fn exact(&self, field: &'static str, name: &str) -> Result<(), TocError> {
+        if name.contains(char::REPLACEMENT_CHARACTER) {
+            return Err(self.error(
+                field,
+                "the name is not UTF-8 and was replaced when the TOC was written",
+            ));
+        }
+        Ok(())
     }
 
     fn digest(&self, field: &'static str, text: &str) -> Result<Option<Digest>, TocError> {
@@ -203,6 +256,8 @@ impl Fields<'_> {
                 )
             })?
         };
+        // What Go makes of a time that nobody set.
+        let mtime = if mtime == GO_ZERO_TIME { 0 } else { mtime };
         Ok(Metadata {
             // Some builders leave the file type in; the entry's type says it already.
             mode: u16::try_from(mode & u64::from(MODE_MASK)).unwrap_or(0),
@@ -244,6 +299,7 @@ impl Fields<'_> {
     }
 
     fn symlink(&self) -> Result<EntryKind, TocError> {
+        self.exact("linkName", &self.0.link_name)?;
         let target = self.0.link_name.as_bytes();
         if target.is_empty() || target.len() > PATH_MAX || target.contains(&0) {
             return Err(self.error("linkName", "the target is empty, too long, or holds a NUL byte"));
@@ -308,10 +364,24 @@ impl Builder {
         if entry.chunk_offset != 0 {
             return Err(fields.error("chunkOffset", "a file must start with its first chunk"));
         }
-        if path.as_bytes() == PREFETCH_LANDMARK.as_bytes() && self.index.prefetch_end.is_none() {
+        if self.rules.landmarks
+            && path.as_bytes() == PREFETCH_LANDMARK.as_bytes()
+            && self.index.prefetch_end.is_none()
+        {
             self.index.prefetch_end = Some(fields.number("offset", entry.offset)?);
         }
-        self.file = Some(OpenFile::new(path, metadata, content));
+        let end_offset: u64 = fields.number("endOffset", entry.end_offset)?;
+        if end_offset > self.rules.payload_end {
+            let problem = format!(
+                "{end_offset} is behind the end of the payload at {}",
+                self.rules.payload_end
+            );
+            return Err(fields.error("endOffset", problem));
+        }
+        self.file = Some(OpenFile {
+            end_offset,
+            ..OpenFile::new(path, metadata, content)
+        });
         self.take_chunk(fields)
     }
 
@@ -365,40 +435,69 @@ impl Builder {
         } else {
             stated
         };
-        file.verifiable &= digest.is_some();
+        let zeros = match &*entry.chunk_type {
+            "" => false,
+            ZEROS => true,
+            other => {
+                return Err(fields.error("chunkType", format!("{:?} is unknown", shorten(other))));
+            }
+        };
+        // What a run of zeros holds needs no digest.
+        file.verifiable &= digest.is_some() || zeros;
         file.covered += size;
-        let offset = fields.number("offset", entry.offset)?;
+        let offset: u64 = fields.number("offset", entry.offset)?;
         let inner_offset = fields.number("innerOffset", entry.inner_offset)?;
+        if self.rules.any_order {
+            file.end_last_chunk(offset);
+        }
+        let source = if zeros {
+            ChunkSource::Zeros
+        } else {
+            ChunkSource::Blob {
+                encoding: self.rules.encoding,
+                offset,
+                compressed_size: UNKNOWN,
+                inner_offset,
+            }
+        };
         let chunk = Chunk {
             file_offset,
             size,
             digest: digest.unwrap_or(Digest::EMPTY),
-            source: ChunkSource::Blob {
-                encoding: Encoding::Gzip,
-                offset,
-                compressed_size: 0,
-                inner_offset,
-            },
+            source,
         };
         let position = (self.index.entries.len(), file.content.chunks.len());
         file.content.chunks.push(chunk);
-        self.place(fields, offset, inner_offset, size)?;
-        self.sharing.push(position);
+        if zeros {
+            return Ok(());
+        }
+        if self.rules.any_order {
+            self.check_place(fields, offset, inner_offset, size)?;
+            self.starts.push(offset);
+        } else {
+            self.place(fields, offset, inner_offset, size)?;
+            self.sharing.push(position);
+        }
         Ok(())
+    }
+
+    /// Checks that a chunk begins in the payload. Returns where it ends in its stream.
+    fn check_place(&self, fields: &Fields<'_>, offset: u64, inner: u64, size: u64) -> Result<u64, TocError> {
+        if offset >= self.rules.payload_end {
+            let problem = format!(
+                "{offset} is not before the end of the payload at {}",
+                self.rules.payload_end
+            );
+            return Err(fields.error("offset", problem));
+        }
+        inner
+            .checked_add(size)
+            .ok_or_else(|| fields.error("innerOffset", "out of range"))
     }
 
     /// Checks that a chunk comes after all before it, in the same stream or in a later one.
     fn place(&mut self, fields: &Fields<'_>, offset: u64, inner: u64, size: u64) -> Result<(), TocError> {
-        if offset >= self.payload_end {
-            let problem = format!(
-                "{offset} is not before the end of the payload at {}",
-                self.payload_end
-            );
-            return Err(fields.error("offset", problem));
-        }
-        let inner_end = inner
-            .checked_add(size)
-            .ok_or_else(|| fields.error("innerOffset", "out of range"))?;
+        let inner_end = self.check_place(fields, offset, inner, size)?;
         match self.stream {
             Some(before) if offset < before.offset => {
                 let problem = format!("{offset} runs back behind the chunk before, at {}", before.offset);
@@ -457,7 +556,11 @@ impl Builder {
                 problem: format!("the chunks cover {covered} of {size} bytes"),
             });
         }
-        let listed = !is_landmark(&file.path);
+        let listed = !(self.rules.landmarks && is_landmark(&file.path));
+        if self.rules.any_order {
+            file.end_last_chunk(file.end_offset);
+        }
+        file.join_zeros();
         if !listed || !file.verifiable {
             // Its chunks, the last ones of the stream so far, are not kept: nothing may refer to them.
             let place = self.index.entries.len();
@@ -479,9 +582,62 @@ impl Builder {
     fn finish(mut self) -> Result<LayerIndex, TocError> {
         self.close_file()?;
         if let Some(stream) = self.stream {
-            self.close_stream(stream, self.payload_end);
+            self.close_stream(stream, self.rules.payload_end);
+        }
+        if self.rules.any_order {
+            self.end_streams()?;
         }
         Ok(self.index)
+    }
+
+    /// Ends every chunk where the next stream of the blob begins, if nothing said where it ends. What was said must not reach
+    /// into the bytes of others.
+    fn end_streams(&mut self) -> Result<(), TocError> {
+        let starts = &mut self.starts;
+        if !starts.is_sorted() {
+            starts.sort_unstable();
+        }
+        let payload_end = self.rules.payload_end;
+        let mut at = 0;
+        for entry in &mut self.index.entries {
+            let EntryKind::Regular(content) = &mut entry.kind else {
+                continue;
+            };
+            for chunk in &mut content.chunks {
+                let ChunkSource::Blob {
+                    offset,
+                    compressed_size,
+                    ..
+                } = &mut chunk.source
+                else {
+                    continue;
+                };
+                let behind = |at: usize| starts.get(at).is_none_or(|start| *start > *offset);
+                let first_behind = |at: usize| behind(at) && at.checked_sub(1).is_some_and(|at| !behind(at));
+                // Nearly always the next one.
+                if first_behind(at + 1) {
+                    at += 1;
+                } else if !first_behind(at) {
+                    at = starts.partition_point(|start| *start <= *offset);
+                }
+                let next = starts.get(at).copied().unwrap_or(payload_end);
+                if *compressed_size == UNKNOWN {
+                    *compressed_size = next - *offset;
+                    continue;
+                }
+                match offset.saturating_add(*compressed_size) {
+                    end if end > next => {
+                        return Err(TocError::Field {
+                            entry: shorten(&String::from_utf8_lossy(entry.path.as_bytes())),
+                            field: "endOffset",
+                            problem: format!("the bytes from {offset} to {end} reach into those at {next}"),
+                        });
+                    }
+                    _ => {}
+                }
+            }
+        }
+        Ok(())
     }
 }
 
@@ -493,6 +649,35 @@ impl OpenFile {
             content,
             covered: 0,
             verifiable: true,
+            end_offset: 0,
+        }
+    }
+
+    /// The last chunk so far ends at `end`, if it begins before it. 0 stands for a place that the TOC does not tell.
+    fn end_last_chunk(&mut self, end: u64) {
+        if let Some(ChunkSource::Blob {
+            offset,
+            compressed_size,
+            ..
+        }) = self.content.chunks.last_mut().map(|chunk| &mut chunk.source)
+            && end > *offset
+        {
+            *compressed_size = end - *offset;
+        }
+    }
+
+    /// A file of nothing but zeros has one chunk: its digest is then that of the file, which can be checked.
+    fn join_zeros(&mut self) {
+        let zeros = |chunk: &Chunk| matches!(chunk.source, ChunkSource::Zeros);
+        if let (Some(digest), true) = (self.content.digest, self.content.chunks.iter().all(zeros))
+            && self.content.size > 0
+        {
+            self.content.chunks = vec![Chunk {
+                file_offset: 0,
+                size: self.content.size,
+                digest,
+                source: ChunkSource::Zeros,
+            }];
         }
     }
 }

@@ -32,6 +32,9 @@ pub enum TocError {
     /// The JSON is longer than [`TOC_JSON_MAX`].
     #[error("the TOC has {0} bytes of JSON; the limit is {TOC_JSON_MAX}")]
     TooLarge(u64),
+    /// The compressed TOC is no zstd stream, or a damaged one.
+    #[error("the compressed TOC cannot be decompressed")]
+    Zstd(#[source] CompressionError),
     /// The member cannot be inflated.
     #[error("the TOC's gzip member cannot be inflated")]
     Gzip(#[source] CompressionError),
@@ -138,6 +141,12 @@ pub struct TocEntry<'a> {
     /// sha256 of the chunk.
     #[serde(default, borrow, skip_serializing_if = "str::is_empty")]
     pub chunk_digest: Cow<'a, str>,
+    /// Only in Podman's zstd:chunked: empty for bytes, `zeros` for a run of zeros.
+    #[serde(default, borrow, skip_serializing_if = "str::is_empty")]
+    pub chunk_type: Cow<'a, str>,
+    /// Only in Podman's zstd:chunked, and only on the `reg` entry: where in the blob the file's bytes end.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub end_offset: i64,
 }
 
 #[expect(

@@ -6,11 +6,12 @@ use std::io::Write;
 use anyhow::Context;
 use oci_spec::image::Descriptor;
 use peel_image::Digest;
+use peel_image::lazy::Over;
 use serde::Serialize;
 
 use super::look::OpenImage;
 use crate::cli::{Global, InspectArgs};
-use crate::layers::{self, Examined, Format, TocState};
+use crate::layers::{self, Examined, Format, Origin, TocState};
 
 /// What `--json` prints.
 #[derive(Debug, Serialize)]
@@ -34,6 +35,9 @@ struct LayerReport {
     #[serde(skip_serializing_if = "Option::is_none")]
     not_lazy: Option<String>,
     toc: TocState,
+    /// What told where the TOC is.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    toc_origin: Option<Origin>,
     #[serde(skip_serializing_if = "Option::is_none")]
     entries: Option<usize>,
     /// Bytes that are fetched first.
@@ -46,16 +50,17 @@ struct LayerReport {
 pub(super) fn run(global: &Global, args: &InspectArgs) -> anyhow::Result<()> {
     let open = OpenImage::open(global, &args.image, args.platform.as_deref())?;
     let manifest = &open.image.manifest;
+    let beside = open.beside();
     let mut layers = Vec::new();
     let examined: Vec<_> = manifest
         .layers()
         .iter()
         .cloned()
         .map(|descriptor| {
-            let source = open.source.clone();
+            let (source, beside) = (open.source.clone(), beside.clone());
             open.runtime.spawn(async move {
                 let blob = source.blob(&descriptor)?;
-                let examined = layers::examine(&blob, &descriptor).await?;
+                let examined = layers::examine(&blob, &descriptor, &beside).await?;
                 Ok::<_, peel_registry::Error>((descriptor, examined))
             })
         })
@@ -90,7 +95,7 @@ fn sorted(annotations: Option<&std::collections::HashMap<String, String>>) -> BT
 fn layer_report(descriptor: &Descriptor, examined: Examined) -> LayerReport {
     let (index, not_lazy) = match examined.index {
         Ok(index) => (Some(index), None),
-        Err(reason) => (None, Some(reason)),
+        Err(reason) => (None, Some(reason.to_string())),
     };
     LayerReport {
         digest: descriptor.digest().to_string(),
@@ -100,6 +105,7 @@ fn layer_report(descriptor: &Descriptor, examined: Examined) -> LayerReport {
         lazy: index.is_some(),
         not_lazy,
         toc: examined.toc,
+        toc_origin: examined.origin,
         entries: index.as_ref().map(|index| index.entries.len()),
         prefetch_bytes: index.as_ref().and_then(|index| index.prefetch_end),
         annotations: sorted(descriptor.annotations().as_ref()),
@@ -130,28 +136,39 @@ fn print(report: &Report) -> std::io::Result<()> {
             report.layers.len(),
             layer.digest
         )?;
-        let format = serde_json::to_value(layer.format).ok();
-        let format = format
-            .as_ref()
-            .and_then(|format| format.as_str())
-            .unwrap_or_default();
         writeln!(
             out,
-            "  format:   {format}, {} bytes ({})",
-            layer.size, layer.media_type
+            "  format:   {}, {} bytes ({})",
+            layer.format, layer.size, layer.media_type
         )?;
         match &layer.not_lazy {
             None => writeln!(out, "  lazy:     yes")?,
             Some(reason) => writeln!(out, "  lazy:     no: {reason}")?,
         }
+        let origin = match layer.toc_origin {
+            Some(Origin::Annotation) => "; its place is in an annotation",
+            Some(Origin::Footer) => "; its place is in the footer",
+            Some(Origin::ImageBeside) => "; it is in the image beside this one",
+            None => "",
+        };
         match layer.toc {
             TocState::None => {}
-            TocState::Verified { digest } => writeln!(out, "  TOC:      {digest}, as the manifest says")?,
+            TocState::Verified { digest, over } => {
+                let over = match over {
+                    Over::Json => "",
+                    Over::Compressed => " (compressed)",
+                    Over::Both => " (and so is that of its compressed form)",
+                };
+                writeln!(out, "  TOC:      {digest}, as the manifest says{over}{origin}")?;
+            }
             TocState::NotVouchedFor { digest } => {
-                writeln!(out, "  TOC:      {digest}, the manifest says nothing")?;
+                writeln!(out, "  TOC:      {digest}, the manifest says nothing{origin}")?;
             }
             TocState::Differs { digest, annotated } => {
-                writeln!(out, "  TOC:      {digest}, but the manifest says {annotated}")?;
+                writeln!(
+                    out,
+                    "  TOC:      {digest}, but the manifest says {annotated}{origin}"
+                )?;
             }
         }
         if let Some(entries) = layer.entries {

@@ -5,7 +5,7 @@ use std::io::Write;
 use anyhow::Context;
 use peel_image::layer::LayerIndex;
 use peel_image::tree::Tree;
-use peel_registry::{Blob, ResolvedImage, Source};
+use peel_registry::{Blob, ResolvedImage, Source, TocImage};
 use tokio::runtime::Runtime;
 
 use crate::cli::Global;
@@ -49,6 +49,13 @@ impl OpenImage {
         })
     }
 
+    /// The image beside it that may hold TOCs of its layers.
+    pub(super) fn beside(&self) -> TocImage {
+        let platform = self.image.platform.as_ref();
+        let platform = platform.map(|platform| format!("{}/{}", platform.os(), platform.architecture()));
+        TocImage::new(&self.source, platform.as_deref())
+    }
+
     /// Reads the metadata of all layers and merges it. A layer without a usable TOC is read whole, which is said on
     /// standard error.
     pub(super) fn contents(&self) -> anyhow::Result<Contents> {
@@ -57,13 +64,15 @@ impl OpenImage {
             .iter()
             .map(|descriptor| self.source.blob(descriptor))
             .collect::<Result<Vec<_>, _>>()?;
+        let beside = self.beside();
         let examined: Vec<_> = blobs
             .iter()
             .cloned()
             .zip(descriptors.iter().cloned())
             .map(|(blob, descriptor)| {
+                let beside = beside.clone();
                 self.runtime
-                    .spawn(async move { layers::examine(&blob, &descriptor).await })
+                    .spawn(async move { layers::examine(&blob, &descriptor, &beside).await })
             })
             .collect();
         let mut indexes = Vec::new();
@@ -75,7 +84,7 @@ impl OpenImage {
                     blobs.get(position).context("layer")?,
                     position,
                     blobs.len(),
-                    &reason,
+                    &reason.to_string(),
                 )?,
             };
             indexes.push(index);

@@ -13,7 +13,7 @@ use peel_image::path::EntryPath;
 use peel_image::write::order::Orphans;
 use peel_image::write::{Dialect, Format, Options, Written};
 use peel_image::{Digest, annotations, media};
-use peel_registry::{Blob, BlobUpload, Source, Target, Upload};
+use peel_registry::{Blob, BlobUpload, Source, Target, TocImage, Upload};
 use tokio::runtime::Handle;
 use tokio::sync::mpsc;
 
@@ -221,7 +221,8 @@ impl Shared<'_> {
         blob: &Blob,
         job: &Job,
     ) -> anyhow::Result<Option<std::collections::BTreeMap<String, String>>> {
-        let examined = layers::examine(blob, &job.descriptor).await?;
+        let beside = TocImage::new(&self.source, None);
+        let examined = layers::examine(blob, &job.descriptor, &beside).await?;
         if !is_asked_for(&examined, self.settings.format) {
             return Ok(None);
         }
@@ -440,14 +441,7 @@ fn is_asked_for(examined: &layers::Examined, format: Format) -> bool {
         Format::Estargz {
             external_toc: true, ..
         } => return false,
-        Format::ZstdChunked {
-            dialect: Dialect::Podman,
-            ..
-        } => layers::Format::ZstdChunkedContainers,
-        Format::ZstdChunked {
-            dialect: Dialect::Stargz,
-            ..
-        } => layers::Format::ZstdChunkedStargz,
+        Format::ZstdChunked { dialect, .. } => layers::Format::ZstdChunked(dialect),
         Format::Gzip { .. } => return examined.format == layers::Format::Gzip,
         Format::Zstd { .. } => return examined.format == layers::Format::Zstd,
         Format::Plain => return examined.format == layers::Format::Tar,

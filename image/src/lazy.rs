@@ -1,0 +1,230 @@
+//! The one place that decides whether a layer can be served file by file, and by which TOC: from what its descriptor says and the
+//! bytes around its end to a verified [`LayerIndex`]. No I/O: the caller brings the bytes.
+//!
+//! ```text
+//! Candidate::new       media type, size, annotations
+//!   .vouched()         who answers for a TOC, if anybody
+//!   .first_range()     the bytes to ask for: the TOC alone where an annotation has its place, else the end of the blob
+//!   .locate()          what these bytes are: the format, and where the compressed TOC is
+//!   .read()            the compressed TOC to an index; its digests are compared first
+//! ```
+//!
+//! `fs` (mounts) and `peel` (`inspect`, `ls`, `cat`, `convert --reuse`) go this way through `registry`'s `toc`, so they agree about every
+//! layer.
+//!
+//! **Who vouches for a TOC.** Only the manifest, by the sha256 of the JSON ([`annotations::TOC_DIGEST`]), by that of the compressed TOC
+//! ([`annotations::ZSTD_MANIFEST_CHECKSUM`] and its older name), or by both. Every digest that is given must be right; two
+//! different ones for the same bytes, or one that is no digest, make the layer not lazy. Podman refuses an image that has both kinds,
+//! because its two readers would take two different TOCs; here there is one TOC, which must have both digests, so both tools'
+//! users get the same files. Where a TOC is stored (the blob, or an image beside it) does not matter to any of this, and positions
+//! are hints: a wrong one leads to bytes with another digest.
+
+mod candidate;
+mod reason;
+
+use std::fmt;
+use std::ops::Range;
+
+use serde::{Serialize, Serializer};
+
+pub use candidate::Candidate;
+pub use reason::NotLazy;
+
+use crate::digest::Digest;
+use crate::estargz;
+use crate::layer::{ChunkSource, EntryKind, LayerIndex};
+use crate::zstd_chunked::{self, Dialect};
+
+/// Largest chunk that is served lazily, in bytes: a chunk is decompressed and verified in memory as a whole. Builders write 4 MiB
+/// by default, and Podman's chunks are seldom larger than some MiB.
+pub const CHUNK_MAX: u64 = 256 << 20;
+
+/// What a layer blob is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Format {
+    /// eStargz: gzip members and a TOC.
+    Estargz,
+    /// stargz, its predecessor.
+    Stargz,
+    /// eStargz whose TOC is in the image beside it.
+    EstargzExternal,
+    /// zstd:chunked.
+    ZstdChunked(Dialect),
+    /// tar in gzip.
+    Gzip,
+    /// tar in zstd.
+    Zstd,
+    /// tar.
+    Tar,
+    /// Not a layer by its media type.
+    Unknown,
+}
+
+impl Format {
+    /// As `peel inspect` names it.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Estargz => "eStargz",
+            Self::Stargz => "stargz",
+            Self::EstargzExternal => "eStargz with external TOC",
+            Self::ZstdChunked(Dialect::Podman) => "zstd:chunked (Podman)",
+            Self::ZstdChunked(Dialect::Stargz) => "zstd:chunked (stargz)",
+            Self::Gzip => "tar+gzip",
+            Self::Zstd => "tar+zstd",
+            Self::Tar => "tar",
+            Self::Unknown => "unknown",
+        }
+    }
+}
+
+impl fmt::Display for Format {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+impl Serialize for Format {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(self.name())
+    }
+}
+
+/// What told where the TOC is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Origin {
+    /// An annotation of the layer's descriptor.
+    Annotation,
+    /// The footer of the blob.
+    Footer,
+    /// It is in the image beside this one.
+    ImageBeside,
+}
+
+impl fmt::Display for Origin {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Annotation => "annotation",
+            Self::Footer => "footer",
+            Self::ImageBeside => "image beside",
+        })
+    }
+}
+
+/// A layer's format and the place of its TOC.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Located {
+    /// What the blob is.
+    pub format: Format,
+    /// What told so.
+    pub origin: Origin,
+    /// The compressed TOC in the blob; `None` where it is in the image beside.
+    pub toc: Option<Range<u64>>,
+    /// End of the files' bytes in the blob.
+    pub payload_end: u64,
+}
+
+/// A TOC out of its compression, not compared with anything.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Toc {
+    /// The JSON, byte for byte.
+    pub json: Vec<u8>,
+    /// sha256 of the JSON.
+    pub json_digest: Digest,
+    /// sha256 of the compressed TOC.
+    pub compressed_digest: Digest,
+}
+
+impl Located {
+    /// Takes a TOC out of its compression.
+    pub fn open(&self, compressed: &[u8]) -> Result<Toc, NotLazy> {
+        let compressed_digest = Digest::of(compressed);
+        let (json, json_digest) = match self.format {
+            Format::ZstdChunked(_) => {
+                let json = zstd_chunked::decompress_toc(compressed).map_err(NotLazy::toc)?;
+                let digest = Digest::of(&json);
+                (json, digest)
+            }
+            _ => {
+                let toc = estargz::extract_toc(compressed).map_err(NotLazy::toc)?;
+                (toc.json, toc.digest)
+            }
+        };
+        Ok(Toc {
+            json,
+            json_digest,
+            compressed_digest,
+        })
+    }
+}
+
+/// Over what a manifest's digest of a TOC is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Over {
+    /// The JSON.
+    Json,
+    /// The compressed TOC.
+    Compressed,
+    /// Both, each with a digest of its own.
+    Both,
+}
+
+/// How a TOC stands to what the manifest says of it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case", tag = "state")]
+pub enum TocState {
+    /// The layer has none, or none that could be looked at.
+    None,
+    /// It is the one that the manifest vouches for.
+    Verified {
+        /// The digest by which it does: that of the JSON, if there is one.
+        digest: Digest,
+        /// Over what.
+        over: Over,
+    },
+    /// The manifest says nothing about it.
+    NotVouchedFor {
+        /// sha256 of the TOC JSON.
+        digest: Digest,
+    },
+    /// The manifest says something else.
+    Differs {
+        /// What it is.
+        digest: Digest,
+        /// What the manifest says it is.
+        annotated: Digest,
+    },
+}
+
+/// Why the files of a layer cannot be fetched one by one although its TOC is right, if so.
+pub(crate) fn unservable(index: &LayerIndex, payload_end: u64) -> Option<NotLazy> {
+    for entry in &index.entries {
+        let EntryKind::Regular(content) = &entry.kind else {
+            continue;
+        };
+        let path = || entry.path.to_string();
+        if !content.is_lazy() {
+            return Some(NotLazy::Unverifiable { path: path() });
+        }
+        if content.chunks.iter().any(|chunk| chunk.size > CHUNK_MAX) {
+            return Some(NotLazy::ChunkTooLarge { path: path() });
+        }
+        let outside = content.chunks.iter().any(|chunk| match chunk.source {
+            ChunkSource::Blob { offset, .. } => offset >= payload_end,
+            ChunkSource::Zeros => false,
+        });
+        if outside {
+            return Some(NotLazy::Outside { path: path() });
+        }
+        if let ([chunk], Some(digest)) = (content.chunks.as_slice(), content.digest)
+            && chunk.digest != digest
+        {
+            return Some(NotLazy::TwoFileDigests { path: path() });
+        }
+    }
+    None
+}
+
+#[cfg(test)]
+mod tests;
