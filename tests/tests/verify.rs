@@ -9,6 +9,7 @@ use std::process::Command;
 
 use peel::demo::registry::Registry;
 use peel_image::Digest;
+use peel_image::write::{Dialect, Format};
 use peel_tests::image::{Layer, Tar, entry, noise, push};
 use peel_tests::world::{World, assert_expected, errors, eventually, read, vector};
 use serde_json::json;
@@ -24,6 +25,20 @@ fn layer() -> Layer {
 /// A layer whose table of contents makes a program set-user-id that its tar stream does not.
 fn two_faced() -> Layer {
     layer().with_contents(|entries| entry(entries, "data/a")["mode"] = json!(0o4755))
+}
+
+/// The same files in a dialect of zstd:chunked.
+fn zstd(dialect: Dialect) -> Layer {
+    let tar = Tar::new()
+        .dir("data/")
+        .file("data/a", &noise(1, 300_000))
+        .file("data/b", &noise(2, 3000));
+    let format = Format::ZstdChunked {
+        dialect,
+        chunk_size: 0,
+        level: 3,
+    };
+    Layer::written(&tar.finish(), format).unwrap()
 }
 
 /// Full verification; the message of its failure.
@@ -164,7 +179,19 @@ fn what_was_verified_in_full_is_not_pulled_again() {
 #[test]
 fn every_honest_image_passes_full_verification() {
     let world = World::new();
-    for tag in ["org", "esgz", "esgz-opt", "esgz-chunk64k", "esgz-min50k"] {
+    for tag in [
+        "org",
+        "esgz",
+        "esgz-opt",
+        "esgz-chunk64k",
+        "esgz-min50k",
+        "esgz-ext",
+        "esgz-keep",
+        "zstd-stargz",
+        "zstd-stargz-opt",
+        "zstd-podman",
+        "zstd-skopeo",
+    ] {
         let dir = world.dir(tag);
         world.ok(&["mount", "--verify", "full", &vector(tag), dir.to_str().unwrap()]);
         assert_expected(&dir, tag);
@@ -249,5 +276,78 @@ fn nothing_is_downloaded_twice_unless_asked_for() {
     assert_eq!(bytes(), before);
     read_all(&dir);
     world.umount(&dir);
+    world.assert_sound();
+}
+
+#[test]
+fn podmans_dialect_is_checked_from_its_tar_split() {
+    let right = zstd(Dialect::Podman);
+    let setuid = right
+        .clone()
+        .with_podman_contents(|entries| entry(entries, "data/a")["mode"] = json!(0o4755));
+    let hidden = right
+        .clone()
+        .with_podman_contents(|entries| entries.retain(|entry| entry["name"] != "data/b"));
+    let diff_id = right.clone().with_diff_id(Digest::of(b"another layer"));
+    for (what, layer, said) in [
+        ("honest", right, None),
+        ("set-user-id", setuid, Some("the mode")),
+        ("hidden", hidden, Some("does not list this file")),
+        ("diff-id", diff_id, Some("the configuration says")),
+    ] {
+        let world = World::new();
+        let registry = world.registry();
+        let name = push(&registry, "app", what, std::slice::from_ref(&layer));
+        let dir = world.mount(&name, "lazy");
+        assert!(
+            !world.log().contains("pulling a layer whole"),
+            "{what}: {}",
+            world.log()
+        );
+        read(&dir.join("data/a")).unwrap();
+        let _ = read(&dir.join("data/b"));
+        let end = match said {
+            None => "a layer that is here in full is right",
+            Some(_) => "will not be loaded again",
+        };
+        let before = registry.counters().body_bytes;
+        eventually(end, || world.log().contains(end));
+        // Table and tar headers were fetched again, and no file.
+        let bytes = registry.counters().body_bytes - before;
+        assert!(bytes < 10_000, "{what}: {bytes} bytes for the check");
+        world.umount(&dir);
+        if let Some(said) = said {
+            let log = world.log();
+            let line = log.lines().find(|line| line.contains(end)).unwrap();
+            for part in [&name, &layer.digest().to_string(), &layer.diff_id.to_string()] {
+                assert!(line.contains(part), "{what}: no {part} in: {line}");
+            }
+            assert!(line.contains(said), "{what}: {line}");
+            let message = refused(&world, &name, &["--verify", "full"]);
+            assert!(message.contains("found wrong before"), "{what}: {message}");
+        }
+        world.assert_sound();
+    }
+}
+
+#[test]
+fn zstd_chunked_layers_are_verified_in_full() {
+    for (what, dialect) in [("podman", Dialect::Podman), ("stargz", Dialect::Stargz)] {
+        let world = World::new();
+        let registry = world.registry();
+        let name = push(&registry, "app", what, &[zstd(dialect)]);
+        let dir = world.dir("full");
+        world.ok(&["mount", "--verify", "full", &name, dir.to_str().unwrap()]);
+        read_all(&dir);
+        world.umount(&dir);
+        world.assert_sound();
+    }
+    let world = World::new();
+    let registry = world.registry();
+    let liar = zstd(Dialect::Podman)
+        .with_podman_contents(|entries| entry(entries, "data/a")["mode"] = json!(0o4755));
+    let name = push(&registry, "app", "liar", std::slice::from_ref(&liar));
+    let message = refused(&world, &name, &["--verify", "full"]);
+    assert!(message.contains("the mode"), "{message}");
     world.assert_sound();
 }
