@@ -225,6 +225,3 @@ pub(crate) fn unservable(index: &LayerIndex, payload_end: u64) -> Option<NotLazy
     }
     None
 }
-
-#[cfg(test)]
-mod tests;
