@@ -9,7 +9,6 @@ pub(crate) mod background;
 
 use oci_spec::image::Descriptor;
 use peel_image::Digest;
-use peel_image::annotations::{PODMAN_MANIFEST_CHECKSUM, STARGZ_MANIFEST_CHECKSUM, TOC_DIGEST};
 use peel_image::layer::LayerIndex;
 use peel_image::views;
 use peel_store::{LayerVerdict, Store};
@@ -58,9 +57,7 @@ impl Subject {
 
 /// The digest by which the manifest names a layer's table of contents, whichever way.
 pub(crate) fn vouched(descriptor: &Descriptor) -> Option<Digest> {
-    [TOC_DIGEST, PODMAN_MANIFEST_CHECKSUM, STARGZ_MANIFEST_CHECKSUM]
-        .iter()
-        .find_map(|name| annotation(descriptor, name)?.parse().ok())
+    crate::load::candidate(descriptor).digest()
 }
 
 fn annotation<'a>(descriptor: &'a Descriptor, name: &str) -> Option<&'a String> {

@@ -14,16 +14,16 @@ pub const LAYER_DIGEST: &str = "containerd.io/snapshot/stargz/layer.digest";
 /// What is added to an image's tag to name the image beside it that holds the TOCs of its layers.
 pub const TOC_IMAGE_SUFFIX: &str = "-esgztoc";
 
-/// zstd:chunked: sha256 of the compressed TOC (containers/storage 1.44 and later).
-pub const ZSTD_MANIFEST_CHECKSUM: &str = "io.github.containers.zstd-chunked.manifest-checksum";
+/// zstd:chunked by Podman, Buildah, Skopeo (containers/storage 1.44 and later): sha256 of the compressed TOC.
+pub const PODMAN_MANIFEST_CHECKSUM: &str = "io.github.containers.zstd-chunked.manifest-checksum";
 /// zstd:chunked: where the compressed TOC is, `offset:compressed size:size:1`.
-pub const ZSTD_MANIFEST_POSITION: &str = "io.github.containers.zstd-chunked.manifest-position";
+pub const PODMAN_MANIFEST_POSITION: &str = "io.github.containers.zstd-chunked.manifest-position";
 /// zstd:chunked: where the compressed tar-split is, `offset:compressed size:size`.
-pub const ZSTD_TARSPLIT_POSITION: &str = "io.github.containers.zstd-chunked.tarsplit-position";
-/// The same as [`ZSTD_MANIFEST_CHECKSUM`] under its first name, which stargz-snapshotter kept.
-pub const ZSTD_OLD_MANIFEST_CHECKSUM: &str = "io.containers.zstd-chunked.manifest-checksum";
-/// The same as [`ZSTD_MANIFEST_POSITION`] under its first name, which stargz-snapshotter kept.
-pub const ZSTD_OLD_MANIFEST_POSITION: &str = "io.containers.zstd-chunked.manifest-position";
+pub const PODMAN_TARSPLIT_POSITION: &str = "io.github.containers.zstd-chunked.tarsplit-position";
+/// zstd:chunked by stargz-snapshotter and nerdctl, and by Podman before 2022-11: as [`PODMAN_MANIFEST_CHECKSUM`].
+pub const STARGZ_MANIFEST_CHECKSUM: &str = "io.containers.zstd-chunked.manifest-checksum";
+/// zstd:chunked by stargz-snapshotter and nerdctl, and by Podman before 2022-11: as [`PODMAN_MANIFEST_POSITION`].
+pub const STARGZ_MANIFEST_POSITION: &str = "io.containers.zstd-chunked.manifest-position";
 
 /// peel: present where the TOC of an eStargz layer is in the image beside it. Saves the request for the footer.
 pub const TOC_EXTERNAL: &str = "dev.peel.toc.external";
@@ -38,14 +38,3 @@ pub const PREFETCH_ORDER: &str = "dev.peel.prefetch.order";
 /// peel: the compressor of a layer, its version and its level, as in `libdeflate 1.26 level 7`: what it takes to make the same
 /// bytes again.
 pub const COMPRESSOR: &str = "dev.peel.compressor";
-
-/// zstd:chunked by Podman, Buildah, Skopeo (container-libs, `storage/pkg/chunked/internal/minimal/compression.go`): `sha256:` over the compressed TOC.
-pub const PODMAN_MANIFEST_CHECKSUM: &str = "io.github.containers.zstd-chunked.manifest-checksum";
-/// zstd:chunked by Podman: `OFFSET:COMPRESSED:UNCOMPRESSED:1` of the TOC, decimal bytes.
-pub const PODMAN_MANIFEST_POSITION: &str = "io.github.containers.zstd-chunked.manifest-position";
-/// zstd:chunked by Podman: `OFFSET:COMPRESSED:UNCOMPRESSED` of the tar-split data, decimal bytes.
-pub const PODMAN_TARSPLIT_POSITION: &str = "io.github.containers.zstd-chunked.tarsplit-position";
-/// zstd:chunked by stargz-snapshotter and nerdctl, and by Podman before 2022-11: `sha256:` over the compressed TOC.
-pub const STARGZ_MANIFEST_CHECKSUM: &str = "io.containers.zstd-chunked.manifest-checksum";
-/// zstd:chunked by stargz-snapshotter and nerdctl, and by Podman before 2022-11: `OFFSET:COMPRESSED:UNCOMPRESSED:1` of the TOC.
-pub const STARGZ_MANIFEST_POSITION: &str = "io.containers.zstd-chunked.manifest-position";

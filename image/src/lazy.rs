@@ -13,7 +13,7 @@
 //! layer.
 //!
 //! **Who vouches for a TOC.** Only the manifest, by the sha256 of the JSON ([`annotations::TOC_DIGEST`]), by that of the compressed TOC
-//! ([`annotations::ZSTD_MANIFEST_CHECKSUM`] and its older name), or by both. Every digest that is given must be right; two
+//! ([`annotations::PODMAN_MANIFEST_CHECKSUM`] and its older name), or by both. Every digest that is given must be right; two
 //! different ones for the same bytes, or one that is no digest, make the layer not lazy. Podman refuses an image that has both kinds,
 //! because its two readers would take two different TOCs; here there is one TOC, which must have both digests, so both tools'
 //! users get the same files. Where a TOC is stored (the blob, or an image beside it) does not matter to any of this, and positions
@@ -225,3 +225,6 @@ pub(crate) fn unservable(index: &LayerIndex, payload_end: u64) -> Option<NotLazy
     }
     None
 }
+
+#[cfg(test)]
+mod tests;

@@ -210,18 +210,20 @@ mod tests {
                 client(),
                 any::<[bool; 4]>()
             )
-                .prop_map(|(image, platform, pull, client, [prefetch, eager, check_by_download, writable])| {
-                    Request::Mount(MountRequest {
-                        image,
-                        platform,
-                        pull,
-                        client,
-                        prefetch,
-                        eager,
-                        check_by_download,
-                        writable,
-                    })
-                }),
+                .prop_map(
+                    |(image, platform, pull, client, [prefetch, eager, check_by_download, writable])| {
+                        Request::Mount(MountRequest {
+                            image,
+                            platform,
+                            pull,
+                            client,
+                            prefetch,
+                            eager,
+                            check_by_download,
+                            writable,
+                        })
+                    }
+                ),
             (".*", path()).prop_map(|(id, dir)| Request::Keep { id, dir }),
             ".*".prop_map(|id| Request::Release { id }),
             Just(Request::Status),

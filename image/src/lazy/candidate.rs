@@ -52,8 +52,8 @@ impl Candidate {
             }
         };
         let json = digest(names::TOC_DIGEST);
-        let newer = digest(names::ZSTD_MANIFEST_CHECKSUM);
-        let older = digest(names::ZSTD_OLD_MANIFEST_CHECKSUM);
+        let newer = digest(names::PODMAN_MANIFEST_CHECKSUM);
+        let older = digest(names::STARGZ_MANIFEST_CHECKSUM);
         if let (Some(newer), Some(older)) = (newer, older)
             && newer != older
         {
@@ -71,10 +71,10 @@ impl Candidate {
             json,
             compressed: newer.or(older),
             refused,
-            position: position(names::ZSTD_MANIFEST_POSITION)
-                .or_else(|| position(names::ZSTD_OLD_MANIFEST_POSITION))
+            position: position(names::PODMAN_MANIFEST_POSITION)
+                .or_else(|| position(names::STARGZ_MANIFEST_POSITION))
                 .filter(|position| position.is_sane(size)),
-            tar_split: position(names::ZSTD_TARSPLIT_POSITION),
+            tar_split: position(names::PODMAN_TARSPLIT_POSITION),
             toc_offset,
             beside: annotation(names::TOC_EXTERNAL).is_some(),
             prefetch_end: number(names::PREFETCH_END)
@@ -92,11 +92,16 @@ impl Candidate {
         if media::layer_encoding(&self.media_type).is_none() {
             return Err(NotLazy::MediaType(self.media_type.clone()));
         }
-        match (&self.refused, self.json.or(self.compressed)) {
+        match (&self.refused, self.digest()) {
             (Some(reason), _) => Err(reason.clone()),
             (None, Some(_)) => Ok(()),
             (None, None) => Err(NotLazy::NotVouchedFor),
         }
+    }
+
+    /// The digest by which the manifest vouches for a TOC: that of the JSON, if there is one, else that of the compressed TOC.
+    pub fn digest(&self) -> Option<Digest> {
+        self.json.or(self.compressed)
     }
 
     /// Names the index of this layer: the blob, every digest that the manifest gives for its TOC, and whatever else of the manifest

@@ -1,7 +1,7 @@
 //! Why a layer is not lazy, in one sentence each: what `peel inspect` prints and what a mount says when it pulls a layer whole.
 
 use super::{CHUNK_MAX, Format};
-use crate::annotations::{TOC_DIGEST, ZSTD_MANIFEST_CHECKSUM};
+use crate::annotations::{PODMAN_MANIFEST_CHECKSUM, TOC_DIGEST};
 use crate::digest::Digest;
 use crate::estargz::TocError;
 
@@ -16,7 +16,7 @@ pub enum NotLazy {
     Plain(Format),
     /// There is, or may be, a TOC, but it could be anybody's.
     #[error(
-        "nothing vouches for a table of contents (the manifest has no annotation {TOC_DIGEST} or {ZSTD_MANIFEST_CHECKSUM})"
+        "nothing vouches for a table of contents (the manifest has no annotation {TOC_DIGEST} or {PODMAN_MANIFEST_CHECKSUM})"
     )]
     NotVouchedFor,
     /// An annotation that should be a digest is none.

@@ -33,6 +33,7 @@ pub(super) fn finish<W: Write>(
     match settings.shape {
         Shape::Estargz if settings.has_external_toc => {
             assembled.blob.write(&footer::encode_external())?;
+            note(annotations::TOC_EXTERNAL, "1".to_owned());
         }
         Shape::Estargz => {
             assembled.hash_toc()?;

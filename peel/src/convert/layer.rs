@@ -221,7 +221,7 @@ impl Shared<'_> {
         blob: &Blob,
         job: &Job,
     ) -> anyhow::Result<Option<std::collections::BTreeMap<String, String>>> {
-        let beside = TocImage::new(&self.source, None);
+        let beside = TocImage::new(self.source, None);
         let examined = layers::examine(blob, &job.descriptor, &beside).await?;
         if !is_asked_for(&examined, self.settings.format) {
             return Ok(None);
