@@ -134,3 +134,6 @@ pub fn read_index(json: &[u8], payload_end: u64, dialect: Dialect) -> Result<Lay
         },
     )
 }
+
+#[cfg(test)]
+mod tests;
