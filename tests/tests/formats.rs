@@ -288,7 +288,7 @@ fn what_is_asked_for_already_is_kept() {
     let world = World::new();
     let layout = Layout(world.path("layout"));
     for (number, (flags, ..)) in FORMATS.into_iter().enumerate() {
-        if flags.contains("external") || flags.contains("chunked") {
+        if flags.contains("external") {
             continue;
         }
         let (one, two) = (format!("one{number}"), format!("two{number}"));

@@ -60,6 +60,42 @@ fn all_images_mounted_at_once_hold_each_file_once() {
     }
 }
 
+/// What `peel inspect` calls the layers of each tag. Only `org` is not lazy.
+const FORMATS: &[(&str, &str)] = &[
+    ("org", "tar+gzip"),
+    ("esgz", "eStargz"),
+    ("esgz-opt", "eStargz"),
+    ("esgz-chunk64k", "eStargz"),
+    ("esgz-min50k", "eStargz"),
+    ("esgz-ext", "eStargz with external TOC"),
+    ("esgz-keep", "eStargz with external TOC"),
+    ("zstd-stargz", "zstd:chunked (stargz)"),
+    ("zstd-stargz-opt", "zstd:chunked (stargz)"),
+    ("zstd-podman", "zstd:chunked (Podman)"),
+    ("zstd-skopeo", "zstd:chunked (Podman)"),
+];
+
+#[test]
+fn every_image_but_the_plain_one_is_lazy() {
+    let world = World::new();
+    for (tag, format) in FORMATS {
+        let output = world.run(&["inspect", "--json", &vector(tag)]);
+        let seen: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+        for layer in seen["layers"].as_array().unwrap() {
+            assert_eq!(layer["format"], *format, "{tag}: {layer}");
+            assert_eq!(layer["lazy"], *format != "tar+gzip", "{tag}: {layer}");
+        }
+        // A mount says it on standard error when it has to pull a layer whole.
+        let dir = world.dir(tag);
+        let output = world.run(&["mount", &vector(tag), dir.to_str().unwrap()]);
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{tag}: {said}");
+        assert_eq!(said.contains("pulled whole"), *tag == "org", "{tag}: {said}");
+        world.umount(&dir);
+    }
+    assert_eq!(FORMATS.len(), TAGS.len());
+}
+
 #[test]
 fn every_image_runs() {
     let world = World::new();
