@@ -16,7 +16,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, RwLock};
 use std::time::Instant;
 
-use peel_image::layer::Chunk;
+use peel_image::layer::{Chunk, ChunkSource};
 use peel_image::{Digest, Hasher};
 use peel_store::{ChunkState, PartialObject, Store};
 
@@ -33,12 +33,13 @@ pub(crate) enum ListId {
     Whole,
     /// One chunk, the whole file, of this size.
     Single(u64),
-    /// Several chunks: hash over sizes and digests.
+    /// Several chunks: hash over sizes and digests, and which are runs of zeros.
     Several(Digest),
 }
 
 impl ListId {
-    /// Identifies the list of a file of `size` bytes. Where the chunks come from does not matter.
+    /// Identifies the list of a file of `size` bytes. Where in which blob the chunks lie does not matter; whether they are runs of
+    /// zeros does, because those are answered by this word of the TOC alone, before the whole file is here.
     pub(crate) fn of(size: u64, chunks: &[Chunk]) -> Self {
         match chunks {
             [] => Self::Whole,
@@ -49,6 +50,7 @@ impl ListId {
                     hasher.update(&chunk.file_offset.to_le_bytes());
                     hasher.update(&chunk.size.to_le_bytes());
                     hasher.update(chunk.digest.as_bytes());
+                    hasher.update(&[u8::from(chunk.source == ChunkSource::Zeros)]);
                 }
                 Self::Several(hasher.finish())
             }
@@ -486,6 +488,26 @@ impl Table {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn lists_differ_by_what_is_answered_without_a_look() {
+        let chunk = |file_offset, source| Chunk {
+            file_offset,
+            size: 10,
+            digest: Digest::of(b"chunk"),
+            source,
+        };
+        let blob = |offset| ChunkSource::Blob {
+            encoding: peel_image::layer::Encoding::Zstd,
+            offset,
+            compressed_size: 5,
+            inner_offset: 0,
+        };
+        let list = |first, second| ListId::of(20, &[chunk(0, first), chunk(10, second)]);
+        assert_eq!(list(blob(0), blob(5)), list(blob(70), blob(90)));
+        // A false word about zeros in one image must not be believed by another.
+        assert_ne!(list(blob(0), blob(5)), list(blob(0), ChunkSource::Zeros));
+    }
 
     #[test]
     fn numbers_stay_with_their_digest() {
