@@ -340,18 +340,25 @@ impl Engine {
                 object = %object.digest,
                 "images cut this file into different chunks; it is served once it is complete and its hash is right"
             );
+            // These first: the kernel holds the pages that they read, and lets go of none before each is answered or has
+            // come to its deadline, which only those that wait in the state ever do.
+            self.start_over(&object, waiters);
             if let Some(events) = self.events() {
                 events.invalidate(object.number);
             }
-            for waiter in waiters {
-                self.read_until(
-                    &object,
-                    waiter.offset,
-                    waiter.length,
-                    waiter.deadline,
-                    waiter.answer,
-                );
-            }
+        }
+    }
+
+    /// Lets the reads that waited wait anew, for what the object's state says now.
+    pub(crate) fn start_over(self: &Arc<Self>, object: &Arc<Object>, waiters: Vec<Waiter>) {
+        for waiter in waiters {
+            self.read_until(
+                object,
+                waiter.offset,
+                waiter.length,
+                waiter.deadline,
+                waiter.answer,
+            );
         }
     }
 

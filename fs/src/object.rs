@@ -384,17 +384,26 @@ impl Object {
             return None;
         }
         state.strict = true;
+        if state.source().is_none() {
+            // The list in use is that of an image which is gone; nobody could go on with it.
+            state.change_list();
+        }
         Some(std::mem::take(&mut state.waiters))
     }
 
-    /// Removes the sources of an image. Reads that nobody can answer any more are handed back.
+    /// Removes the sources of an image. Returns the reads that have to start over: those that nobody can answer any more, and
+    /// those that wait for the chunks of a list that nobody has any more.
     pub(crate) fn remove_image(&self, image: u64) -> Vec<Waiter> {
         let mut state = lock(&self.state);
         state.sources.retain(|source| source.layer.image != image);
-        if state.strict && state.source().is_none() && !matches!(state.backing, Backing::Complete(_)) {
+        if matches!(state.backing, Backing::Complete(_)) {
+            return Vec::new();
+        }
+        let changed = state.strict && state.source().is_none();
+        if changed {
             state.change_list();
         }
-        if state.sources.is_empty() && !matches!(state.backing, Backing::Complete(_)) {
+        if changed || state.sources.is_empty() {
             // Claims that are under way resolve by themselves.
             return std::mem::take(&mut state.waiters);
         }

@@ -13,7 +13,7 @@ use peel_store::Store;
 
 use crate::error::Error;
 use crate::fetch::layer::Layer;
-use crate::fetch::{Engine, Events, fail};
+use crate::fetch::{Engine, Events};
 use crate::load::{self, Loaded, Outcome};
 use crate::mount::{self, FuseMount};
 use crate::native::Native;
@@ -84,7 +84,7 @@ impl Sources {
         lock(&self.0).closed
     }
 
-    fn close(&self, engine: &Engine) {
+    fn close(&self, engine: &Arc<Engine>) {
         let layers = {
             let mut state = lock(&self.0);
             state.closed = true;
@@ -96,7 +96,7 @@ impl Sources {
         for layer in &layers {
             for file in &layer.files {
                 if let Some(object) = engine.table.get(file.object) {
-                    fail(object.remove_image(layer.image));
+                    engine.start_over(&object, object.remove_image(layer.image));
                 }
             }
         }

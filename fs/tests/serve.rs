@@ -433,6 +433,47 @@ fn images_that_disagree_about_chunks_see_the_same_bytes() {
 }
 
 #[test]
+fn a_read_that_waits_does_not_hold_up_an_image_that_disagrees() {
+    let (away, near) = (registry(), registry());
+    let host = Host::with(Options {
+        read_deadline: Duration::from_secs(4),
+    });
+    let coarse = host.open(&away.image("esgz"));
+    away.behaviour.down.store(true, Ordering::SeqCst);
+    thread::scope(|scope| {
+        let reader = scope.spawn(|| {
+            let mut start = [0; 4096];
+            File::open(coarse.path(BIG))?.read_exact_at(&mut start, 0)
+        });
+        thread::sleep(Duration::from_millis(500));
+        // The kernel holds the page that the reader waits for; dropping what it has cached of the file waits for that.
+        let fine = host.open(&near.image("esgz-chunk64k"));
+        let error = reader.join().unwrap().unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(libc_eio()), "{error}");
+        away.behaviour.down.store(false, Ordering::SeqCst);
+        let (_, index) = layer("esgz", 0);
+        assert_eq!(digest_of(&fine.path(BIG)), place(&index, BIG).digest);
+    });
+}
+
+#[test]
+fn an_image_is_not_bound_to_the_chunks_of_one_that_is_gone() {
+    let registry = registry();
+    let host = Host::with(Options {
+        read_deadline: Duration::from_secs(3),
+    });
+    {
+        let coarse = host.open(&registry.image("esgz"));
+        registry.behaviour.down.store(true, Ordering::SeqCst);
+        fs::read(coarse.path(BIG)).unwrap_err();
+        registry.behaviour.down.store(false, Ordering::SeqCst);
+    }
+    let fine = host.open(&registry.image("esgz-chunk64k"));
+    let (_, index) = layer("esgz", 0);
+    assert_eq!(digest_of(&fine.path(BIG)), place(&index, BIG).digest);
+}
+
+#[test]
 fn a_writable_mount_copies_up_and_leaves_the_image_alone() {
     let host = Host::new();
     let image = host.load(&oci("esgz"));

@@ -9,18 +9,28 @@ use peel_store::PartialObject;
 use super::claim::Claim;
 use super::{Engine, fail};
 use crate::lock;
-use crate::object::{Backing, Flight, Object, Snapshot, State, Waiter};
+use crate::object::{Backing, Flight, ListId, Object, Snapshot, State, Waiter};
 
 impl Claim {
     /// The chunk's bytes are here and verified.
     pub(super) fn deliver(self, data: Vec<u8>) {
         let data = Arc::new(data);
         let chunk = self.chunk();
+        let file = self.layer.chunk(self.position).map(|(file, _)| file);
+        let is_whole = file.is_some_and(|file| matches!(file.list, ListId::Single(_)));
+        if !is_whole && let Err(error) = self.engine.look(&self.object, file) {
+            tracing::error!(object = %self.object.digest, %error, "cannot open the object in the store");
+        }
         let backing = {
             let mut state = lock(&self.object.state);
             if state.generation != self.generation {
                 drop(state);
                 return self.settle();
+            }
+            // The last close may have let go of the partial object. What is kept without one is kept as the whole object.
+            if !is_whole && !matches!(state.backing, Backing::Partial(_)) {
+                drop(state);
+                return;
             }
             state.failures = 0;
             state.wrong.remove(&chunk);
@@ -108,15 +118,7 @@ impl Claim {
         if let Some(events) = engine.events() {
             events.invalidate_later(object.number);
         }
-        for waiter in waiters {
-            engine.read_until(
-                &object,
-                waiter.offset,
-                waiter.length,
-                waiter.deadline,
-                waiter.answer,
-            );
-        }
+        engine.start_over(&object, waiters);
     }
 
     /// The bytes that came are not the chunk's. They may have been damaged on the way once; twice is an error for the

@@ -52,7 +52,7 @@ impl Host {
         let scratch = tempfile::tempdir().unwrap();
         let store = scratch.path().join("store");
         Self {
-            service: start(&store, options),
+            service: start(&store, &options),
             store,
             scratch,
         }
@@ -66,9 +66,8 @@ impl Host {
             scratch,
         } = self;
         service.stop();
-        // Whoever had the last handle has let go of the lock by now.
         Self {
-            service: start(&store, options),
+            service: start(&store, &options),
             store,
             scratch,
         }
@@ -118,8 +117,19 @@ impl Host {
     }
 }
 
-fn start(store: &Path, options: Options) -> Service {
-    Service::start(Store::open(store).unwrap(), options).unwrap()
+/// Threads that a service has left to end by themselves may hold the store's lock a little longer.
+fn start(store: &Path, options: &Options) -> Service {
+    let mut service = None;
+    eventually("the store to be free", || {
+        match Service::start(Store::open(store).unwrap(), options.clone()) {
+            Err(peel_fs::Error::Store(peel_store::Error::Locked { .. })) => false,
+            started => {
+                service = Some(started.unwrap());
+                true
+            }
+        }
+    });
+    service.unwrap()
 }
 
 fn attach(mounted: MountedImage, directory: tempfile::TempDir) -> Mount {
