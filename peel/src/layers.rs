@@ -87,8 +87,10 @@ pub async fn reader(blob: &Blob, runtime: &Handle) -> Result<StreamReader, peel_
 /// A [`ByteStream`] as [`Read`].
 #[derive(Debug)]
 pub struct StreamReader {
+    /// An empty piece is the end; a queue that closes without it was cut off.
     pieces: mpsc::Receiver<Result<Bytes, peel_registry::Error>>,
     current: Bytes,
+    ended: bool,
 }
 
 impl StreamReader {
@@ -97,14 +99,18 @@ impl StreamReader {
         runtime.spawn(async move {
             while let Some(piece) = stream.next().await {
                 let last = piece.is_err();
-                if sender.send(piece).await.is_err() || last {
-                    break;
+                let nothing = piece.as_ref().is_ok_and(Bytes::is_empty);
+                if !nothing && (sender.send(piece).await.is_err() || last) {
+                    return;
                 }
             }
+            // Whoever does not read to the end does not want to know of it.
+            let _ = sender.send(Ok(Bytes::new())).await;
         });
         Self {
             pieces,
             current: Bytes::new(),
+            ended: false,
         }
     }
 }
@@ -112,10 +118,12 @@ impl StreamReader {
 impl Read for StreamReader {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         while self.current.is_empty() {
-            match self.pieces.blocking_recv() {
-                Some(piece) => self.current = piece.map_err(io::Error::other)?,
-                None => return Ok(0),
+            if self.ended {
+                return Ok(0);
             }
+            let piece = self.pieces.blocking_recv().ok_or(io::ErrorKind::UnexpectedEof)?;
+            self.current = piece.map_err(io::Error::other)?;
+            self.ended = self.current.is_empty();
         }
         let length = buffer.len().min(self.current.len());
         let piece = self.current.split_to(length);

@@ -62,7 +62,7 @@ pub(super) fn run(global: &Global, args: &OptimizeArgs) -> anyhow::Result<()> {
                 "peel: no file of the image was read; it is written without files that come first"
             );
         } else if !global.json {
-            let _ = writeln!(err, "{} files of the image come first", plan.files.len());
+            let _ = writeln!(err, "files of the image that come first: {}", plan.files.len());
         }
         let host = selection.host.and_then(|host| selection.parts.get_mut(host));
         host.context("image of this machine")?.plan = plan;

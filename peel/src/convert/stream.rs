@@ -72,8 +72,10 @@ impl Write for Sink {
 
 /// The uncompressed stream, decompressed by a thread of its own.
 struct Inflated {
+    /// An empty piece is the end; a queue that closes without it has lost its thread.
     pieces: blocking::Receiver<io::Result<Vec<u8>>>,
     current: io::Cursor<Vec<u8>>,
+    ended: bool,
     /// Hashes what the writer reads.
     hasher: Option<Hasher>,
 }
@@ -92,6 +94,7 @@ impl Inflated {
         Ok(Self {
             pieces,
             current: io::Cursor::default(),
+            ended: false,
             hasher: hash.then(Hasher::new),
         })
     }
@@ -106,7 +109,8 @@ fn inflate(
     loop {
         let mut piece = Vec::with_capacity(PIECE);
         let limit = u64::try_from(PIECE).unwrap_or(u64::MAX);
-        if tar.by_ref().take(limit).read_to_end(&mut piece)? == 0 || pieces.send(Ok(piece)).is_err() {
+        let last = tar.by_ref().take(limit).read_to_end(&mut piece)? == 0;
+        if pieces.send(Ok(piece)).is_err() || last {
             return Ok(());
         }
     }
@@ -122,10 +126,14 @@ impl Read for Inflated {
                 }
                 return Ok(length);
             }
-            match self.pieces.recv() {
-                Ok(piece) => self.current = io::Cursor::new(piece?),
-                Err(_) => return Ok(0),
+            if self.ended {
+                return Ok(0);
             }
+            let piece = self.pieces.recv().map_err(|_| {
+                io::Error::new(io::ErrorKind::UnexpectedEof, "the decompressing thread is gone")
+            })??;
+            self.ended = piece.is_empty();
+            self.current = io::Cursor::new(piece);
         }
     }
 }
