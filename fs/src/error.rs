@@ -129,3 +129,14 @@ impl Error {
         move |source| Self::Io { path, action, source }
     }
 }
+
+/// An error and what it stems from.
+pub(crate) fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(error) = source {
+        text = format!("{text}: {error}");
+        source = error.source();
+    }
+    text
+}

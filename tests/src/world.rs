@@ -10,6 +10,21 @@ use std::time::{Duration, Instant};
 use peel::demo::registry::Registry;
 use rustix::process::{Pid, Signal};
 
+/// The images of the vectors; all have the same tree. The TOC images beside two of them are none.
+pub const TAGS: &[&str] = &[
+    "org",
+    "esgz",
+    "esgz-opt",
+    "esgz-chunk64k",
+    "esgz-min50k",
+    "esgz-ext",
+    "esgz-keep",
+    "zstd-stargz",
+    "zstd-stargz-opt",
+    "zstd-podman",
+    "zstd-skopeo",
+];
+
 /// How long any command may take before it counts as hanging. Debug builds on a busy machine are slow.
 pub const DEADLINE: Duration = Duration::from_secs(240);
 

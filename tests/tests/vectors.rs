@@ -1,22 +1,7 @@
 //! The images of the vectors, made by the upstream tools: each mounts to the tree that containerd unpacks, runs, and is
 //! listed the same without being mounted.
 
-use peel_tests::world::{World, assert_expected, vector};
-
-/// Tags that must be served; all have the same tree.
-const TAGS: &[&str] = &[
-    "org",
-    "esgz",
-    "esgz-opt",
-    "esgz-chunk64k",
-    "esgz-min50k",
-    "esgz-ext",
-    "esgz-keep",
-    "zstd-stargz",
-    "zstd-stargz-opt",
-    "zstd-podman",
-    "zstd-skopeo",
-];
+use peel_tests::world::{TAGS, World, assert_expected, vector};
 
 #[test]
 fn every_image_mounts_to_the_tree_that_containerd_unpacks() {

@@ -11,7 +11,7 @@ use peel::demo::registry::Registry;
 use peel_image::Digest;
 use peel_image::write::{Dialect, Format};
 use peel_tests::image::{Layer, Tar, entry, noise, push};
-use peel_tests::world::{World, assert_expected, errors, eventually, read, vector};
+use peel_tests::world::{TAGS, World, assert_expected, errors, eventually, read, vector};
 use serde_json::json;
 
 fn layer() -> Layer {
@@ -179,19 +179,7 @@ fn what_was_verified_in_full_is_not_pulled_again() {
 #[test]
 fn every_honest_image_passes_full_verification() {
     let world = World::new();
-    for tag in [
-        "org",
-        "esgz",
-        "esgz-opt",
-        "esgz-chunk64k",
-        "esgz-min50k",
-        "esgz-ext",
-        "esgz-keep",
-        "zstd-stargz",
-        "zstd-stargz-opt",
-        "zstd-podman",
-        "zstd-skopeo",
-    ] {
+    for tag in TAGS {
         let dir = world.dir(tag);
         world.ok(&["mount", "--verify", "full", &vector(tag), dir.to_str().unwrap()]);
         assert_expected(&dir, tag);

@@ -15,6 +15,7 @@ use peel_registry::Blob;
 use peel_store::{ObjectWriter, Store};
 use tokio::sync::{mpsc, oneshot};
 
+use crate::error::chain;
 use crate::lock;
 
 /// Buffers between network and unpacking, each some hundred KiB at most.
@@ -127,17 +128,6 @@ fn walk(
     } else {
         Err(PullFailure::DiffId(found))
     }
-}
-
-/// An error and what it stems from.
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(error) = source {
-        text = format!("{text}: {error}");
-        source = error.source();
-    }
-    text
 }
 
 /// The blob as a `Read`.

@@ -27,6 +27,7 @@ use serde::Deserialize;
 
 use super::super::annotation;
 use super::{Stoppable, wait};
+use crate::error::chain;
 use crate::fetch::Engine;
 use crate::lock;
 
@@ -159,17 +160,6 @@ pub(super) fn rebuild(
             chain(&error)
         )),
     })
-}
-
-/// An error and what it stems from.
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(error) = source {
-        text = format!("{text}: {error}");
-        source = error.source();
-    }
-    text
 }
 
 /// A range of the blob in a file without a name, its digest checked.
