@@ -144,10 +144,12 @@ pub(crate) fn load(
         PullPolicy::Never => false,
     };
     if !ask {
+        // Where files may be missing, an image that lacks some is looked up again rather than served with holes.
+        let thorough = request.pull == PullPolicy::Missing && shared.engine.store.has_lost_objects();
         if let Some(manifest) = shared.engine.store.name(&job.store_name())? {
             let outcome = match job.live(&manifest) {
                 Some(outcome) => Some(outcome),
-                None => known::load(&job, &manifest, false)?.map(|loaded| job.new_image(loaded)),
+                None => known::load(&job, &manifest, thorough)?.map(|loaded| job.new_image(loaded)),
             };
             if let Some(outcome) = outcome {
                 progress(outcome.resolved());

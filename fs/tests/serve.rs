@@ -366,6 +366,27 @@ fn a_known_image_starts_without_a_request_and_keeps_its_chunks() {
 }
 
 #[test]
+fn what_a_power_loss_took_from_a_whole_image_is_pulled_again() {
+    let registry = registry();
+    let host = Host::new();
+    let name = registry.image("org");
+    let digest = digest_of(&host.open(&name).path("etc/os-release"));
+    let keeps = host.store.join("records/names");
+    eventually("the name is kept", || {
+        fs::read_dir(&keeps).unwrap().next().is_some()
+    });
+    let object = host.object(&digest);
+    // What the store's recovery does with an object that is damaged.
+    fs::remove_file(&object).unwrap();
+    fs::write(host.store.join("lost-objects"), "").unwrap();
+    let host = host.restart(Options::default());
+    let before = registry.blob_requests();
+    let mount = host.open(&name);
+    assert_eq!(digest_of(&mount.path("etc/os-release")), digest);
+    assert!(registry.blob_requests() > before);
+}
+
+#[test]
 fn an_object_that_lost_its_image_is_brought_by_the_next_one() {
     let registry = registry();
     let host = Host::new();

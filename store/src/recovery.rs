@@ -36,6 +36,8 @@ use crate::{Store, partial, remove_quietly};
 /// The kernel's name of this boot.
 const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
 
+/// Made when a recovery has removed objects, and kept for good: such a store looks twice.
+const LOST: &str = "lost-objects";
 /// How much younger than the checkpoint a file must look to be trusted, in nanoseconds. The kernel stamps ctime from a
 /// clock that ticks every 1 to 10 ms; 2 s also covers file systems that keep whole seconds.
 const SLACK: i64 = 2_000_000_000;
@@ -257,6 +259,12 @@ impl Store {
         marker.write(&mut file, quiet, before)
     }
 
+    /// Whether a recovery had to remove objects, now or in the life of an earlier process. An image whose layers were pulled
+    /// whole may lack files then, and nobody but the registry has them.
+    pub fn has_lost_objects(&self) -> bool {
+        self.root().join(LOST).exists()
+    }
+
     /// Announces a write, so that the marker on disk is dirty before it. Dropped when the write has taken effect.
     pub(crate) fn begin_write(&self) -> Result<Writing<'_>, Error> {
         self.marker()?.begin()
@@ -302,6 +310,10 @@ impl Store {
         let limit = checkpoint.saturating_sub(SLACK);
         let (checked, removed) = self.check_young_objects(limit)?;
         let images = self.remove_young_images(limit)?;
+        if removed > 0 {
+            let path = self.root().join(LOST);
+            File::create(&path).context("make", &path)?;
+        }
         if checked > 0 || images > 0 || checkpoint > i64::MIN {
             tracing::warn!(
                 root = ?self.root(), checked, removed, images,

@@ -118,6 +118,7 @@ fn after_a_power_loss_damaged_objects_are_gone() {
     assert!(good.iter().all(|digest| test.store.has_object(digest)));
     assert!(!bad.iter().any(|digest| test.store.has_object(digest)));
     assert!(!stray.exists());
+    assert!(test.store.has_lost_objects());
     assert_eq!(test.store.erofs_image(&manifest), None);
     assert!(
         mark(&test.store).unwrap().clean,
@@ -170,6 +171,7 @@ fn a_clock_that_is_set_back_takes_the_checkpoint_along() {
     let future = now() + 3600 * 1_000_000_000;
     set_mark(&test.store, |mark| mark.checkpoint = future);
     let test = test.reopen();
+    assert!(!test.store.has_lost_objects());
     add(&test.store, 2);
     assert!(mark(&test.store).unwrap().checkpoint < future - 3000 * 1_000_000_000);
 }
