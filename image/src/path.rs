@@ -74,29 +74,40 @@ impl EntryPath {
 
     /// The components from the root down; none for the root itself.
     pub fn components(&self) -> impl DoubleEndedIterator<Item = &[u8]> {
-        self.0
-            .split(|byte| *byte == b'/')
-            .filter(|component| !component.is_empty())
+        components(&self.0)
+    }
+
+    /// The path of the directory that holds this path, empty for the root, and the last component. `None` for the root.
+    pub fn parent_and_name(&self) -> Option<(&[u8], &[u8])> {
+        if self.is_root() {
+            return None;
+        }
+        match self.0.iter().rposition(|byte| *byte == b'/') {
+            Some(slash) => Some((self.0.get(..slash)?, self.0.get(slash + 1..)?)),
+            None => Some((b"", &self.0)),
+        }
     }
 
     /// The last component, `None` for the root.
     pub fn file_name(&self) -> Option<&[u8]> {
-        self.components().next_back()
+        self.parent_and_name().map(|(_, name)| name)
     }
 
     /// The directory that holds this path, `None` for the root.
     pub fn parent(&self) -> Option<Self> {
-        if self.is_root() {
-            return None;
-        }
-        let end = self.0.iter().rposition(|byte| *byte == b'/').unwrap_or(0);
-        Some(Self(self.0.get(..end).unwrap_or_default().into()))
+        self.parent_and_name().map(|(parent, _)| Self(parent.into()))
     }
 
     /// This path with one more component, which is cleaned like any other name.
     pub fn join(&self, name: &[u8]) -> Result<Self, PathError> {
         Self::clean(&[self.as_bytes(), b"/", name].concat())
     }
+}
+
+/// The components of a clean path.
+pub(crate) fn components(path: &[u8]) -> impl DoubleEndedIterator<Item = &[u8]> {
+    path.split(|byte| *byte == b'/')
+        .filter(|component| !component.is_empty())
 }
 
 impl fmt::Display for EntryPath {
@@ -155,9 +166,12 @@ mod tests {
     fn parents_end_at_the_root() {
         let path = EntryPath::clean(b"a/b").unwrap();
         assert_eq!(path.file_name(), Some(&b"b"[..]));
+        assert_eq!(path.parent_and_name(), Some((&b"a"[..], &b"b"[..])));
         let parent = path.parent().unwrap();
         assert_eq!(parent.as_bytes(), b"a");
+        assert_eq!(parent.parent_and_name(), Some((&b""[..], &b"a"[..])));
         assert!(parent.parent().unwrap().is_root());
+        assert_eq!(EntryPath::root().parent_and_name(), None);
         assert_eq!(EntryPath::root().parent(), None);
     }
 }

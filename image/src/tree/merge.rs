@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, HashSet, VecDeque};
 use super::{FileRef, HIDDEN, INODES_MAX, Inode, InodeId, InodeKind, SYMLINKS_MAX, Tree, TreeError};
 use crate::digest::Digest;
 use crate::layer::{Device, Entry, EntryKind, FileContent, LayerIndex, Metadata};
-use crate::path::{EntryPath, PATH_MAX};
+use crate::path::{EntryPath, PATH_MAX, components};
 
 const WHITEOUT: &[u8] = b".wh.";
 const OPAQUE: &[u8] = b".wh..wh..opq";
@@ -36,10 +36,13 @@ pub(super) fn merge(layers: &[LayerIndex]) -> Result<Tree, TreeError> {
         }],
         layer: 0,
         links: Vec::new(),
+        parent: None,
     };
     for (number, layer) in (0_u32..).zip(layers) {
         merger.layer = number;
+        merger.parent = None;
         merger.hide(layer)?;
+        merger.nodes.reserve(layer.entries.len());
         for (index, entry) in (0_u32..).zip(&layer.entries) {
             merger.apply(index, entry)?;
         }
@@ -94,6 +97,9 @@ struct Merger<'a> {
     nodes: Vec<Node<'a>>,
     layer: u32,
     links: Vec<PendingLink<'a>>,
+    /// The directory of the entry before and its path, unless that leads through symbolic links: entries of one directory mostly
+    /// follow one another, and none of them moves the directory that it is in.
+    parent: Option<(&'a [u8], u32)>,
 }
 
 /// What an entry means for the merge.
@@ -108,18 +114,16 @@ enum Role<'a> {
 
 impl<'a> Merger<'a> {
     fn role(&self, entry: &'a Entry) -> Result<Role<'a>, TreeError> {
-        let mut components = entry.path.components();
-        let (Some(first), Some(last)) = (components.next(), entry.path.file_name()) else {
+        let Some((parent, last)) = entry.path.parent_and_name() else {
             return Ok(Role::Ordinary);
         };
-        let in_root = components.next().is_none();
-        if in_root && HIDDEN.contains(&last) && !matches!(entry.kind, EntryKind::Directory) {
+        if parent.is_empty() && HIDDEN.contains(&last) && !matches!(entry.kind, EntryKind::Directory) {
             return Ok(Role::Ignored);
         }
         if last == OPAQUE {
             return Ok(Role::Opaque);
         }
-        if first.starts_with(AUFS) {
+        if entry.path.as_bytes().starts_with(AUFS) {
             return Ok(Role::Ignored);
         }
         match last.strip_prefix(WHITEOUT) {
@@ -159,7 +163,7 @@ impl<'a> Merger<'a> {
         if matches!(role, Role::Ignored) {
             return Ok(());
         }
-        let Some(name) = entry.path.file_name() else {
+        let Some((directory, name)) = entry.path.parent_and_name() else {
             return match (&entry.kind, self.node_mut(ROOT)) {
                 (EntryKind::Directory, Some(root)) => {
                     root.metadata = &entry.metadata;
@@ -171,7 +175,7 @@ impl<'a> Merger<'a> {
                 }),
             };
         };
-        let parent = self.parent(entry, name)?;
+        let parent = self.parent(entry, directory, name)?;
         if !matches!(role, Role::Ordinary) {
             return Ok(());
         }
@@ -221,8 +225,26 @@ impl<'a> Merger<'a> {
         Ok(())
     }
 
-    /// The directory that is to hold `entry`; what is missing of it is made.
-    fn parent(&mut self, entry: &'a Entry, name: &[u8]) -> Result<u32, TreeError> {
+    /// The directory at `path` that is to hold `entry`; what is missing of it is made.
+    fn parent(&mut self, entry: &'a Entry, path: &'a [u8], name: &[u8]) -> Result<u32, TreeError> {
+        if let Some((known, id)) = self.parent
+            && known == path
+        {
+            return Ok(id);
+        }
+        let found = self.directory(path);
+        self.parent = found.map(|id| (path, id));
+        found.map_or_else(|| self.make_parent(entry, name), Ok)
+    }
+
+    /// The directory at `path` if all of the path is directories.
+    fn directory(&self, path: &[u8]) -> Option<u32> {
+        let id = components(path).try_fold(ROOT, |id, name| self.child(id, name))?;
+        matches!(self.node(id)?.kind, Kind::Directory(_)).then_some(id)
+    }
+
+    /// As [`Merger::parent`], whatever is on the way.
+    fn make_parent(&mut self, entry: &'a Entry, name: &[u8]) -> Result<u32, TreeError> {
         let mut todo: Vec<&'a [u8]> = entry.path.components().rev().skip(1).collect();
         // The directories down to the one in question; no id where one is missing or must be replaced.
         let mut stack: Vec<(&'a [u8], Option<u32>)> = Vec::with_capacity(todo.len());
@@ -414,7 +436,7 @@ impl<'a> Merger<'a> {
 
     /// Copies what can be reached from the root, directory by directory.
     fn collect(&self) -> Result<Tree, TreeError> {
-        let mut inodes: Vec<Inode> = Vec::new();
+        let mut inodes: Vec<Inode> = Vec::with_capacity(self.nodes.len());
         let mut ids: Vec<Option<InodeId>> = vec![None; self.nodes.len()];
         let mut queue = VecDeque::from([ROOT]);
         if let (Some(slot), Some(root)) = (ids.first_mut(), self.node(ROOT)) {
@@ -429,7 +451,7 @@ impl<'a> Merger<'a> {
             ) else {
                 continue;
             };
-            let mut names = BTreeMap::new();
+            let mut names = Vec::with_capacity(directory.children.len());
             let mut subdirectories = 0;
             for (name, child) in &directory.children {
                 let (Some(node), Some(slot)) = (self.node(*child), ids.get_mut(position(*child))) else {
@@ -454,11 +476,12 @@ impl<'a> Merger<'a> {
                 } else if let Some(inode) = inodes.get_mut(position(child_id.0)) {
                     inode.links += 1;
                 }
-                names.insert(Box::from(*name), child_id);
+                names.push((Box::from(*name), child_id));
             }
             if let Some(inode) = inodes.get_mut(position(id.0)) {
                 inode.links += subdirectories;
-                inode.kind = InodeKind::Directory(names);
+                // Sorted already, of which this takes advantage.
+                inode.kind = InodeKind::Directory(names.into_iter().collect());
             }
         }
         Ok(Tree { inodes })

@@ -185,6 +185,11 @@ fn edge_cases() {
             &["s lib /usr/lib, f lib/a 1"],
             "s lib /usr/lib, d usr, d usr/lib, f usr/lib/a 0.1",
         ),
+        // A directory that is replaced by way of such a link is not the parent of what follows.
+        (
+            &["s l /, d e, d d, f d/a 1, s l/d e, f d/b 2"],
+            "s d e, d e, f e/b 0.5, s l /",
+        ),
         (
             &["d d, s d/up ../../../x, f d/up/a 1"],
             "d d, s d/up ../../../x, d x, f x/a 0.2",
