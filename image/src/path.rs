@@ -44,6 +44,11 @@ impl EntryPath {
         if name.contains(&0) {
             return Err(PathError::Nul(shown()));
         }
+        // Most names are clean but for a slash at the end of directories.
+        let candidate = name.strip_suffix(b"/").unwrap_or(name);
+        if is_clean(candidate) {
+            return Ok(Self(candidate.into()));
+        }
         let mut clean: Vec<&[u8]> = Vec::new();
         for component in name.split(|byte| *byte == b'/') {
             match component {
@@ -104,6 +109,13 @@ impl EntryPath {
     }
 }
 
+/// Whether a name without NUL bytes is a clean path other than the root.
+fn is_clean(name: &[u8]) -> bool {
+    let clean =
+        |component: &[u8]| !matches!(component, b"" | b"." | b"..") && component.len() <= COMPONENT_MAX;
+    name.len() <= PATH_MAX && name.split(|byte| *byte == b'/').all(clean)
+}
+
 /// The components of a clean path.
 pub(crate) fn components(path: &[u8]) -> impl DoubleEndedIterator<Item = &[u8]> {
     path.split(|byte| *byte == b'/')
@@ -124,6 +136,8 @@ impl fmt::Debug for EntryPath {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     #[test]
@@ -160,6 +174,30 @@ mod tests {
             EntryPath::clean("a/".repeat(2049).as_bytes()),
             Err(PathError::TooLong(_))
         ));
+    }
+
+    proptest! {
+        #[test]
+        fn cleaning_is_what_the_components_say(
+            name in proptest::collection::vec(prop_oneof![Just(b"/".to_vec()), Just(b".".to_vec()), Just(b"a".to_vec()),
+                Just(vec![b'b'; 130]), Just(vec![b'c'; 2000])], 0..12)
+        ) {
+            let name = name.concat();
+            let mut components: Vec<&[u8]> = Vec::new();
+            for component in name.split(|byte| *byte == b'/') {
+                match component {
+                    b"" | b"." => {}
+                    b".." => drop(components.pop()),
+                    _ => components.push(component),
+                }
+            }
+            let expected = components.join(&b'/');
+            match EntryPath::clean(&name) {
+                Ok(path) => prop_assert_eq!(path.as_bytes(), expected),
+                Err(PathError::TooLong(_)) => prop_assert!(expected.len() > PATH_MAX),
+                Err(_) => prop_assert!(name.split(|byte| *byte == b'/').any(|part| part.len() > COMPONENT_MAX)),
+            }
+        }
     }
 
     #[test]
