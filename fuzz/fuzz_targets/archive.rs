@@ -5,23 +5,13 @@ use std::cell::RefCell;
 use std::fs;
 
 use libfuzzer_sys::fuzz_target;
+use peel_fuzz::layout::Layout;
 use peel_image::Digest;
 use peel_registry::{ClientOptions, ImageName, Source};
-use tempfile::TempDir;
-
-struct World {
-    dir: TempDir,
-    runtime: tokio::runtime::Runtime,
-}
 
 thread_local! {
-    static WORLD: RefCell<World> = RefCell::new(World {
-        dir: tempfile::tempdir().expect("a temporary directory"),
-        runtime: tokio::runtime::Builder::new_current_thread()
-            .enable_all()
-            .build()
-            .expect("a runtime"),
-    });
+    // Its directory and its runtime are all that is needed.
+    static WORLD: RefCell<Layout> = RefCell::default();
 }
 
 async fn read(name: ImageName) {
@@ -43,14 +33,12 @@ async fn read(name: ImageName) {
 
 fuzz_target!(|data: &[u8]| {
     WORLD.with_borrow(|world| {
-        let file = world.dir.path().join("archive.tar");
+        let file = world.path().join("archive.tar");
         fs::write(&file, data).expect("a file");
-        world.runtime.block_on(read(ImageName::DockerArchive {
+        world.wait(read(ImageName::DockerArchive {
             file: file.clone(),
             tag: None,
         }));
-        world
-            .runtime
-            .block_on(read(ImageName::OciArchive { file, tag: None }));
+        world.wait(read(ImageName::OciArchive { file, tag: None }));
     });
 });

@@ -1,6 +1,8 @@
 //! What several fuzz targets share: the properties that every index of a layer and every tree must have, whatever the bytes
 //! that they were made of.
 
+pub mod layout;
+
 use std::io;
 
 use peel_image::layer::{ChunkSource, EntryKind, LayerIndex};
