@@ -16,6 +16,8 @@ use crate::layer::Encoding;
 const BUFFER: usize = 256 << 10;
 /// Largest window that a zstd frame may ask for, as a power of two: 128 MiB, what `zstd -d` accepts by default.
 const ZSTD_WINDOW_LOG_MAX: u32 = 27;
+/// What libzstd calls a larger one (`ZSTD_getErrorName` of `ZSTD_error_frameParameter_windowTooLarge`).
+const ZSTD_WINDOW_TOO_LARGE: &str = "Frame requires too much memory for decoding";
 /// Deflate cannot do better than 1032 to 1, so a gzip trailer that claims more is not believed.
 const DEFLATE_RATIO_MAX: u64 = 1032;
 
@@ -49,6 +51,12 @@ pub enum CompressionError {
         /// The limit in uncompressed bytes.
         limit: u64,
     },
+    /// A frame that asks for more memory than any reader should give it.
+    #[error(
+        "a zstd frame asks for a window of more than {} MiB: compress it with a smaller one (`zstd --long={ZSTD_WINDOW_LOG_MAX}` at most)",
+        1 << (ZSTD_WINDOW_LOG_MAX - 20)
+    )]
+    Window,
     /// A stream that expands far more than real data does.
     #[error("the {encoding} data expands to more than {ratio} times its size")]
     Ratio {
@@ -66,6 +74,16 @@ impl fmt::Display for Encoding {
             Self::Zstd => "zstd",
             Self::Plain => "uncompressed",
         })
+    }
+}
+
+impl CompressionError {
+    /// What a decompressor's error means.
+    fn damaged(encoding: Encoding, source: io::Error) -> Self {
+        if encoding == Encoding::Zstd && source.to_string() == ZSTD_WINDOW_TOO_LARGE {
+            return Self::Window;
+        }
+        Self::Damaged { encoding, source }
     }
 }
 
@@ -165,7 +183,13 @@ struct Guarded {
 
 impl Read for Guarded {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let count = self.output.read(buffer)?;
+        let count = self.output.read(buffer).map_err(|error| {
+            match CompressionError::damaged(self.encoding, error) {
+                // Its kind tells a stream that is cut short from a damaged one.
+                CompressionError::Damaged { source, .. } => source,
+                error => io::Error::other(error),
+            }
+        })?;
         self.written = self.written.saturating_add(count as u64);
         let (encoding, guard) = (self.encoding, self.guard);
         if self.written > guard.output_max {
@@ -195,7 +219,7 @@ pub fn inflate_member(data: &[u8], size_hint: Option<u64>, limit: u64) -> Result
     let mut output = Vec::new();
     let member = flate2::bufread::GzDecoder::new(data);
     let count = member.take(limit.saturating_add(1)).read_to_end(&mut output);
-    count.map_err(|source| CompressionError::Damaged { encoding, source })?;
+    count.map_err(|source| CompressionError::damaged(encoding, source))?;
     if u64::try_from(output.len()).is_ok_and(|length| length <= limit) {
         Ok(output)
     } else {
@@ -267,7 +291,7 @@ pub fn decode_chunk(
                 return Ok(chunk);
             }
             let decoder =
-                zstd_decoder(compressed).map_err(|source| CompressionError::Damaged { encoding, source })?;
+                zstd_decoder(compressed).map_err(|source| CompressionError::damaged(encoding, source))?;
             read_chunk(encoding, decoder, inner_offset, size)
         }
         Encoding::Plain => read_chunk(encoding, compressed, inner_offset, size),
@@ -308,7 +332,7 @@ fn new_decompressor() -> Option<zstd::bulk::Decompressor<'static>> {
 /// Uncompresses all of `data`: any number of zstd frames, at most `limit` bytes.
 pub fn decompress_zstd(data: &[u8], limit: u64) -> Result<Vec<u8>, CompressionError> {
     let encoding = Encoding::Zstd;
-    let damaged = |source| CompressionError::Damaged { encoding, source };
+    let damaged = |source| CompressionError::damaged(encoding, source);
     let mut output = Vec::new();
     let stream = zstd_decoder(data).map_err(damaged)?;
     stream
@@ -329,7 +353,7 @@ fn read_chunk(
     inner_offset: u64,
     size: u64,
 ) -> Result<Vec<u8>, CompressionError> {
-    let damaged = |source| CompressionError::Damaged { encoding, source };
+    let damaged = |source| CompressionError::damaged(encoding, source);
     let wanted = inner_offset.saturating_add(size);
     let skipped = io::copy(&mut stream.by_ref().take(inner_offset), &mut io::sink()).map_err(damaged)?;
     let mut output = Vec::new();
@@ -456,6 +480,21 @@ mod tests {
             assert!(error.to_string().contains("more than 500 times"), "{error}");
         }
         decode(zeros, guard).unwrap();
+    }
+
+    #[test]
+    fn windows_beyond_the_limit_are_refused() {
+        // RFC 8878, section 3.1.1: no single segment, window 1 << log, one raw block of one byte.
+        let frame = |log: u8| vec![0x28, 0xb5, 0x2f, 0xfd, 0, (log - 10) << 3, 0x09, 0, 0, b'x'];
+        assert_eq!(decode(frame(27), Guard::default()).unwrap().1, b"x");
+        assert_eq!(decompress_zstd(&frame(27), 1).unwrap(), b"x");
+        let error = decode(frame(28), Guard::default()).unwrap_err();
+        assert!(
+            error.to_string().contains("a window of more than 128 MiB"),
+            "{error}"
+        );
+        let error = decompress_zstd(&frame(28), 1).unwrap_err();
+        assert!(matches!(error, CompressionError::Window), "{error}");
     }
 
     #[test]

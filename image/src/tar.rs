@@ -21,6 +21,9 @@ mod sparse;
 mod tests;
 pub mod write;
 
+use std::error::Error;
+use std::fmt;
+
 use crate::layer::{Device, EntryKind, Metadata};
 use crate::path::{EntryPath, PathError};
 
@@ -125,16 +128,30 @@ impl From<&EntryKind> for TarKind {
 }
 
 /// Why a tar stream cannot be read or an entry cannot be written, and where.
-#[derive(Debug, thiserror::Error)]
-#[error("tar entry {entry:?} at byte {offset}: {problem}")]
+#[derive(Debug)]
 pub struct TarError {
     /// The entry's name as far as it is known, shortened; empty between entries.
     pub entry: String,
     /// Offset in the stream of the entry's first header block; 0 for an entry that is being written.
     pub offset: u64,
     /// What is wrong.
-    #[source]
     pub problem: TarProblem,
+}
+
+/// With what is wrong; [`Error::source`] goes on behind it, so that a chain of causes says it once.
+impl fmt::Display for TarError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.entry.as_str() {
+            "" => write!(f, "tar stream at byte {}: {}", self.offset, self.problem),
+            entry => write!(f, "tar entry {entry:?} at byte {}: {}", self.offset, self.problem),
+        }
+    }
+}
+
+impl Error for TarError {
+    fn source(&self) -> Option<&(dyn Error + 'static)> {
+        self.problem.source()
+    }
 }
 
 /// What is wrong with a tar entry.

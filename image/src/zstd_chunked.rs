@@ -87,6 +87,11 @@ impl Position {
         self.offset..self.offset.saturating_add(self.compressed_size)
     }
 
+    /// Whether it is larger than a TOC may be.
+    pub fn is_too_large(&self) -> bool {
+        self.compressed_size > TOC_MEMBER_MAX || self.size > TOC_JSON_MAX
+    }
+
     /// Whether it can be the position of a TOC in front of `end` that a reader takes.
     pub fn is_sane(&self, end: u64) -> bool {
         self.offset >= SKIPPABLE_HEADER
@@ -95,8 +100,7 @@ impl Position {
                 .offset
                 .checked_add(self.compressed_size)
                 .is_some_and(|toc_end| toc_end <= end)
-            && self.compressed_size <= TOC_MEMBER_MAX
-            && self.size <= TOC_JSON_MAX
+            && !self.is_too_large()
     }
 }
 

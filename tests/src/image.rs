@@ -12,7 +12,10 @@ use flate2::read::MultiGzDecoder;
 use flate2::write::GzEncoder;
 use peel::demo::registry::Registry;
 use peel_image::Digest;
-use peel_image::annotations::TOC_DIGEST;
+use peel_image::annotations::{
+    PODMAN_MANIFEST_CHECKSUM, PODMAN_MANIFEST_POSITION, PODMAN_TARSPLIT_POSITION, STARGZ_MANIFEST_CHECKSUM,
+    STARGZ_MANIFEST_POSITION, TOC_DIGEST,
+};
 use peel_image::{estargz, write};
 use serde_json::{Value, json};
 
@@ -159,6 +162,24 @@ pub fn noise(seed: u64, length: usize) -> Vec<u8> {
     .collect()
 }
 
+/// eStargz as it is written unless something else is asked for.
+pub const ESTARGZ: write::Format = write::Format::Estargz {
+    chunk_size: 0,
+    min_chunk_size: 0,
+    level: write::DEFAULT_GZIP_LEVEL,
+    external_toc: false,
+    keep_diff_id: false,
+};
+
+/// zstd:chunked as it is written unless something else is asked for.
+pub const fn zstd_chunked(dialect: write::Dialect) -> write::Format {
+    write::Format::ZstdChunked {
+        dialect,
+        chunk_size: 0,
+        level: 3,
+    }
+}
+
 /// One layer as it is pushed.
 #[derive(Debug, Clone)]
 pub struct Layer {
@@ -177,10 +198,8 @@ pub struct Layer {
 impl Layer {
     /// An ordinary gzip layer.
     pub fn plain(tar: &[u8]) -> Self {
-        let mut encoder = GzEncoder::new(Vec::new(), Compression::default());
-        encoder.write_all(tar).unwrap();
         Self {
-            blob: encoder.finish().unwrap(),
+            blob: gzip(tar),
             diff_id: Digest::of(tar),
             toc: None,
             annotations: BTreeMap::new(),
@@ -234,56 +253,58 @@ impl Layer {
         })
     }
 
-    /// A layer in Podman's dialect of zstd:chunked with its table of contents changed, as [`Layer::with_contents`].
+    /// A zstd:chunked layer with its table of contents changed, as [`Layer::with_contents`].
     #[must_use]
-    pub fn with_podman_contents(mut self, change: impl FnOnce(&mut Vec<Value>)) -> Self {
-        use peel_image::annotations::{
-            PODMAN_MANIFEST_CHECKSUM, PODMAN_MANIFEST_POSITION, PODMAN_TARSPLIT_POSITION,
+    pub fn with_zstd_contents(self, change: impl FnOnce(&mut Vec<Value>)) -> Self {
+        self.with_zstd_json(|json| changed(json, change))
+    }
+
+    /// A zstd:chunked layer with other JSON in place of its table of contents, as [`Layer::with_contents`].
+    #[must_use]
+    pub fn with_zstd_json(mut self, change: impl FnOnce(&[u8]) -> Vec<u8>) -> Self {
+        let places = |name: &str| -> Option<Vec<usize>> {
+            let numbers = self.annotations.get(name)?.split(':');
+            Some(numbers.map(|number| number.parse().unwrap()).collect())
         };
-        let place = |name: &str| -> Vec<usize> {
-            let text = &self.annotations[name];
-            text.split(':').map(|number| number.parse().unwrap()).collect()
+        let split = places(PODMAN_TARSPLIT_POSITION);
+        let (checksum, position) = match split {
+            Some(_) => (PODMAN_MANIFEST_CHECKSUM, PODMAN_MANIFEST_POSITION),
+            None => (STARGZ_MANIFEST_CHECKSUM, STARGZ_MANIFEST_POSITION),
         };
-        let (toc, split) = (place(PODMAN_MANIFEST_POSITION), place(PODMAN_TARSPLIT_POSITION));
+        let toc = places(position).expect("no zstd:chunked layer");
         let bytes = |place: &[usize]| self.blob[place[0]..][..place[1]].to_vec();
-        let mut json: Value =
-            serde_json::from_slice(&zstd::decode_all(bytes(&toc).as_slice()).unwrap()).unwrap();
-        change(json["entries"].as_array_mut().unwrap());
-        let json = serde_json::to_vec(&json).unwrap();
+        let json = change(&zstd::decode_all(bytes(&toc).as_slice()).unwrap());
         let compressed = zstd::encode_all(json.as_slice(), 3).unwrap();
-        let lines = bytes(&split);
-        let start = toc[0] - 8;
-        let frame = |payload: &[u8]| {
-            let length = u32::try_from(payload.len()).unwrap();
-            [&[0x50, 0x2a, 0x4d, 0x18][..], &length.to_le_bytes(), payload].concat()
+        let mut footer = vec![toc[0], compressed.len(), json.len(), 1];
+        let mut tail = frame(&compressed);
+        self.annotations
+            .insert(checksum.to_owned(), Digest::of(&compressed).to_string());
+        let colons = |numbers: &[usize]| -> String {
+            let texts: Vec<String> = numbers.iter().map(usize::to_string).collect();
+            texts.join(":")
         };
-        let second = toc[0] + compressed.len() + 8;
-        let mut footer = Vec::new();
-        for number in [
-            toc[0],
-            compressed.len(),
-            json.len(),
-            1,
-            second,
-            lines.len(),
-            split[2],
-        ] {
-            footer.extend_from_slice(&(number as u64).to_le_bytes());
+        self.annotations.insert(position.to_owned(), colons(&footer));
+        if let Some(split) = split {
+            let lines = bytes(&split);
+            let place = [toc[0] + compressed.len() + 8, lines.len(), split[2]];
+            footer.extend(place);
+            tail.extend(frame(&lines));
+            self.annotations
+                .insert(PODMAN_TARSPLIT_POSITION.to_owned(), colons(&place));
+        } else {
+            self.annotations
+                .insert(TOC_DIGEST.to_owned(), Digest::of(&json).to_string());
         }
-        footer.extend_from_slice(b"GNUlInUx");
-        let tail = [frame(&compressed), frame(&lines), frame(&footer)].concat();
-        self.blob.truncate(start);
+        let magic: &[u8] = if footer.len() > 4 {
+            b"GNUlInUx"
+        } else {
+            b"GnUlInUx"
+        };
+        let numbers = footer.iter().flat_map(|number| (*number as u64).to_le_bytes());
+        let footer: Vec<u8> = numbers.chain(magic.iter().copied()).collect();
+        tail.extend(frame(&footer));
+        self.blob.truncate(toc[0] - 8);
         self.blob.extend_from_slice(&tail);
-        let mut put = |name: &str, value: String| self.annotations.insert(name.to_owned(), value);
-        put(PODMAN_MANIFEST_CHECKSUM, Digest::of(&compressed).to_string());
-        put(
-            PODMAN_MANIFEST_POSITION,
-            format!("{}:{}:{}:1", toc[0], compressed.len(), json.len()),
-        );
-        put(
-            PODMAN_TARSPLIT_POSITION,
-            format!("{second}:{}:{}", lines.len(), split[2]),
-        );
         self
     }
 
@@ -293,28 +314,34 @@ impl Layer {
     }
 
     /// Where the table of contents is, and what it says.
-    fn contents(&self) -> (usize, Value) {
+    fn contents(&self) -> (usize, Vec<u8>) {
         let location = estargz::locate(&self.blob, self.blob.len() as u64).unwrap();
         let start = usize::try_from(location.payload_end).unwrap();
         let end = start + usize::try_from(location.toc_size).unwrap();
-        let toc = estargz::extract_toc(&self.blob[start..end]).unwrap();
-        (start, serde_json::from_slice(&toc.json).unwrap())
+        (start, estargz::extract_toc(&self.blob[start..end]).unwrap().json)
     }
 
     /// The same layer with a table of contents that `change` has changed; everything that vouches for it is made anew, so
     /// only its claims about the files are wrong.
     #[must_use]
     pub fn with_contents(&self, change: impl FnOnce(&mut Vec<Value>)) -> Self {
-        let (start, mut toc) = self.contents();
-        change(toc["entries"].as_array_mut().unwrap());
-        let json = serde_json::to_vec(&toc).unwrap();
-        let mut encoder = GzEncoder::new(Vec::new(), Compression::default());
-        encoder
-            .write_all(&Tar::new().file("stargz.index.json", &json).finish())
-            .unwrap();
-        let mut blob = self.blob[..start].to_vec();
-        blob.extend_from_slice(&encoder.finish().unwrap());
-        blob.extend_from_slice(&estargz::footer::encode(start as u64));
+        self.with_json(|json| changed(json, change))
+    }
+
+    /// The same with any other JSON.
+    #[must_use]
+    pub fn with_json(&self, change: impl FnOnce(&[u8]) -> Vec<u8>) -> Self {
+        let json = change(&self.contents().1);
+        let member = gzip(&Tar::new().file("stargz.index.json", &json).finish());
+        self.with_member(&member, Digest::of(&json))
+    }
+
+    /// The same with any gzip member in place of its table of contents, vouched for by this digest.
+    #[must_use]
+    pub fn with_member(&self, member: &[u8], toc: Digest) -> Self {
+        let (start, _) = self.contents();
+        let footer = estargz::footer::encode(start as u64);
+        let blob = [&self.blob[..start], member, &footer].concat();
         let mut plain = Vec::new();
         MultiGzDecoder::new(blob.as_slice())
             .read_to_end(&mut plain)
@@ -322,7 +349,7 @@ impl Layer {
         Self {
             blob,
             diff_id: Digest::of(&plain),
-            toc: Some(Digest::of(&json)),
+            toc: Some(toc),
             annotations: BTreeMap::new(),
             suffix: "+gzip",
         }
@@ -337,7 +364,8 @@ impl Layer {
 
     /// The bytes of the blob that hold a file, by the table of contents.
     pub fn place_of(&self, path: &str) -> Range<u64> {
-        let (end, toc) = self.contents();
+        let (end, json) = self.contents();
+        let toc: Value = serde_json::from_slice(&json).unwrap();
         let entries = toc["entries"].as_array().unwrap();
         let offsets = |value: &Value| value["offset"].as_u64().filter(|offset| *offset > 0);
         let entry = entries
@@ -348,6 +376,26 @@ impl Layer {
         let all = entries.iter().filter_map(offsets);
         start..all.filter(|offset| *offset > start).min().unwrap_or(end as u64)
     }
+}
+
+/// A table of contents with its entries changed.
+fn changed(json: &[u8], change: impl FnOnce(&mut Vec<Value>)) -> Vec<u8> {
+    let mut toc: Value = serde_json::from_slice(json).unwrap();
+    change(toc["entries"].as_array_mut().unwrap());
+    serde_json::to_vec(&toc).unwrap()
+}
+
+/// One gzip member.
+pub fn gzip(bytes: &[u8]) -> Vec<u8> {
+    let mut encoder = GzEncoder::new(Vec::new(), Compression::default());
+    encoder.write_all(bytes).unwrap();
+    encoder.finish().unwrap()
+}
+
+/// A skippable zstd frame.
+fn frame(payload: &[u8]) -> Vec<u8> {
+    let length = u32::try_from(payload.len()).unwrap();
+    [&[0x50, 0x2a, 0x4d, 0x18][..], &length.to_le_bytes(), payload].concat()
 }
 
 /// The entry of that name in a table of contents.

@@ -6,8 +6,8 @@ use std::path::Path;
 
 use peel::demo::registry::{Action, Rule};
 use peel_image::Digest;
-use peel_image::write::{Dialect, Format};
-use peel_tests::image::{Layer, Tar, entry, noise, push};
+use peel_image::write::Dialect;
+use peel_tests::image::{Layer, Tar, entry, noise, push, zstd_chunked};
 use peel_tests::world::{World, errors, read};
 use serde_json::{Value, json};
 
@@ -109,22 +109,15 @@ fn a_truncated_blob_is_an_error_and_nothing_else() {
 /// A change to a table of contents.
 type Lie = fn(&mut Vec<Value>);
 
-/// The same files in Podman's dialect of zstd:chunked.
-fn podman_layer() -> Layer {
-    let format = Format::ZstdChunked {
-        dialect: Dialect::Podman,
-        chunk_size: 0,
-        level: 3,
-    };
-    Layer::written(&tar(), format).unwrap()
-}
-
 /// Mounts images whose tables of contents lie, reads everything, and requires that every read either fails or
 /// gives bytes that some file really has.
 fn assert_harmless(what: &str, lie: Lie) {
     assert_one_harmless(&format!("eStargz, {what}"), layer(), layer().with_contents(lie));
-    let lying = podman_layer().with_podman_contents(lie);
-    assert_one_harmless(&format!("zstd:chunked, {what}"), podman_layer(), lying);
+    for (format, dialect) in [("Podman's", Dialect::Podman), ("stargz's", Dialect::Stargz)] {
+        let honest = Layer::written(&tar(), zstd_chunked(dialect)).unwrap();
+        let lying = honest.clone().with_zstd_contents(lie);
+        assert_one_harmless(&format!("{format} zstd:chunked, {what}"), honest, lying);
+    }
 }
 
 fn assert_one_harmless(what: &str, honest: Layer, lying: Layer) {

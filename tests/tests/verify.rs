@@ -9,17 +9,21 @@ use std::process::Command;
 
 use peel::demo::registry::Registry;
 use peel_image::Digest;
-use peel_image::write::{Dialect, Format};
-use peel_tests::image::{Layer, Tar, entry, noise, push};
+use peel_image::write::Dialect;
+use peel_tests::image::{Layer, Tar, entry, noise, push, zstd_chunked};
 use peel_tests::world::{TAGS, World, assert_expected, errors, eventually, read, vector};
 use serde_json::json;
 
-fn layer() -> Layer {
+fn tar() -> Vec<u8> {
     let tar = Tar::new()
         .dir("data/")
         .file("data/a", &noise(1, 300_000))
         .file("data/b", &noise(2, 3000));
-    Layer::estargz(&tar.finish(), 100_000, &[])
+    tar.finish()
+}
+
+fn layer() -> Layer {
+    Layer::estargz(&tar(), 100_000, &[])
 }
 
 /// A layer whose table of contents makes a program set-user-id that its tar stream does not.
@@ -29,16 +33,7 @@ fn two_faced() -> Layer {
 
 /// The same files in a dialect of zstd:chunked.
 fn zstd(dialect: Dialect) -> Layer {
-    let tar = Tar::new()
-        .dir("data/")
-        .file("data/a", &noise(1, 300_000))
-        .file("data/b", &noise(2, 3000));
-    let format = Format::ZstdChunked {
-        dialect,
-        chunk_size: 0,
-        level: 3,
-    };
-    Layer::written(&tar.finish(), format).unwrap()
+    Layer::written(&tar(), zstd_chunked(dialect)).unwrap()
 }
 
 /// Full verification; the message of its failure.
@@ -272,10 +267,10 @@ fn podmans_dialect_is_checked_from_its_tar_split() {
     let right = zstd(Dialect::Podman);
     let setuid = right
         .clone()
-        .with_podman_contents(|entries| entry(entries, "data/a")["mode"] = json!(0o4755));
+        .with_zstd_contents(|entries| entry(entries, "data/a")["mode"] = json!(0o4755));
     let hidden = right
         .clone()
-        .with_podman_contents(|entries| entries.retain(|entry| entry["name"] != "data/b"));
+        .with_zstd_contents(|entries| entries.retain(|entry| entry["name"] != "data/b"));
     let diff_id = right.clone().with_diff_id(Digest::of(b"another layer"));
     for (what, layer, said) in [
         ("honest", right, None),
@@ -330,12 +325,82 @@ fn zstd_chunked_layers_are_verified_in_full() {
         world.umount(&dir);
         world.assert_sound();
     }
-    let world = World::new();
-    let registry = world.registry();
-    let liar = zstd(Dialect::Podman)
-        .with_podman_contents(|entries| entry(entries, "data/a")["mode"] = json!(0o4755));
-    let name = push(&registry, "app", "liar", std::slice::from_ref(&liar));
-    let message = refused(&world, &name, &["--verify", "full"]);
-    assert!(message.contains("the mode"), "{message}");
-    world.assert_sound();
+}
+
+#[test]
+fn zstd_chunked_layers_that_lie_are_refused_by_full_verification() {
+    for dialect in [Dialect::Podman, Dialect::Stargz] {
+        let right = zstd(dialect);
+        let (setuid, hidden) = (right.clone(), right.clone());
+        for (what, liar, said) in [
+            (
+                "set-user-id",
+                setuid.with_zstd_contents(|entries| entry(entries, "data/a")["mode"] = json!(0o4755)),
+                "the mode",
+            ),
+            (
+                "hidden",
+                hidden.with_zstd_contents(|entries| entries.retain(|entry| entry["name"] != "data/b")),
+                "it is not in the table of contents",
+            ),
+            (
+                "diff-id",
+                right.with_diff_id(Digest::of(b"another layer")),
+                "the configuration says",
+            ),
+        ] {
+            let world = World::new();
+            let registry = world.registry();
+            let name = push(&registry, "app", what, std::slice::from_ref(&liar));
+            // All that a lazy start can see of it is right.
+            let dir = world.mount(&name, "lazy");
+            assert!(
+                !world.log().contains("pulling a layer whole"),
+                "{dialect:?}, {what}"
+            );
+            read(&dir.join("data/a")).unwrap();
+            world.umount(&dir);
+            let message = refused(&world, &name, &["--verify", "full"]);
+            for part in [said, &liar.digest().to_string(), &liar.diff_id.to_string()] {
+                assert!(
+                    message.contains(part),
+                    "{dialect:?}, {what}: no {part} in: {message}"
+                );
+            }
+            world.assert_sound();
+        }
+    }
+}
+
+#[test]
+fn the_stargz_dialect_is_checked_in_the_background() {
+    for (what, layer, end) in [
+        (
+            "honest",
+            zstd(Dialect::Stargz),
+            "a layer that is here in full is right",
+        ),
+        (
+            "liar",
+            zstd(Dialect::Stargz)
+                .with_zstd_contents(|entries| entry(entries, "data/a")["mode"] = json!(0o4755)),
+            "will not be loaded again",
+        ),
+    ] {
+        let world = World::new();
+        let registry = world.registry();
+        push(&registry, "app", what, std::slice::from_ref(&layer));
+        // There is no tar-split to check it from; a layout costs nothing to read again.
+        let name = layout(&world, &registry, what);
+        let dir = in_the_background(&world, &name, &[], end);
+        world.umount(&dir);
+        if what == "liar" {
+            let message = refused(&world, &name, &[]);
+            assert!(
+                message.contains("found wrong before") && message.contains("the mode"),
+                "{message}"
+            );
+        }
+        world.assert_sound();
+    }
 }

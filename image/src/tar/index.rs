@@ -46,23 +46,41 @@ impl FileSink for HashSink {
     }
 }
 
+/// How much of a layer's metadata is kept in memory.
+struct Limits {
+    entries: u64,
+    metadata: u64,
+}
+
 /// Reads an uncompressed layer to its last byte (so that a hash taken below covers all of it). Every regular file of the
 /// index has its size and digest and no chunks.
 pub fn index_tar<R: Read>(stream: R, sink: &mut dyn FileSink) -> Result<(LayerIndex, Trailer), TarError> {
+    let limits = Limits {
+        entries: ENTRIES_MAX,
+        metadata: METADATA_MAX,
+    };
+    index_within(stream, sink, &limits)
+}
+
+fn index_within<R: Read>(
+    stream: R,
+    sink: &mut dyn FileSink,
+    limits: &Limits,
+) -> Result<(LayerIndex, Trailer), TarError> {
     let mut reader = Reader::new(stream);
     let mut buffer = vec![0; PIECE];
     let mut entries = Vec::new();
     let mut metadata = 0_u64;
     while let Some(tar) = reader.next_entry()? {
         let fail = |problem| TarError::new(&tar.name, tar.offset, problem);
-        if len64_of(&entries) >= ENTRIES_MAX {
-            return Err(fail(TarProblem::TooManyEntries(ENTRIES_MAX)));
+        if len64_of(&entries) >= limits.entries {
+            return Err(fail(TarProblem::TooManyEntries(limits.entries)));
         }
         metadata = metadata.saturating_add(weight(&tar));
-        if metadata > METADATA_MAX {
+        if metadata > limits.metadata {
             return Err(fail(TarProblem::TooLarge {
                 what: "the metadata of all entries",
-                limit: METADATA_MAX,
+                limit: limits.metadata,
             }));
         }
         let kind = match &tar.kind {
@@ -138,4 +156,54 @@ fn copy<R: Read>(
             .map_err(write)?;
     }
     sink.finish().map_err(write)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::layer::Metadata;
+    use crate::tar::write::{NewEntry, Writer};
+
+    /// A stream of these names, each with an attribute of ten bytes.
+    fn stream(names: &[&str]) -> Vec<u8> {
+        let xattr = (b"user.x".as_slice().into(), b"1234".as_slice().into());
+        let metadata = Metadata {
+            xattrs: [xattr].into_iter().collect(),
+            ..Metadata::default()
+        };
+        let mut writer = Writer::new(Vec::new());
+        for name in names {
+            let entry = NewEntry {
+                name: name.as_bytes(),
+                metadata: &metadata,
+                kind: &TarKind::Fifo,
+                user_name: b"",
+                group_name: b"",
+            };
+            writer.append(&entry, &mut io::empty()).unwrap();
+        }
+        writer.finish().unwrap()
+    }
+
+    #[test]
+    fn more_entries_or_metadata_than_fit_into_memory_are_refused() {
+        let stream = stream(&["a", "bb", "ccc"]);
+        let read = |entries, metadata| {
+            let limits = Limits { entries, metadata };
+            index_within(stream.as_slice(), &mut HashSink::default(), &limits)
+        };
+        assert_eq!(read(3, 36).unwrap().0.entries.len(), 3);
+        for (entries, metadata, expected) in [
+            (2, 36, "tar entry \"ccc\" at byte 3072: more than 2 entries"),
+            (0, 36, "tar entry \"a\" at byte 0: more than 0 entries"),
+            (
+                3,
+                35,
+                "tar entry \"ccc\" at byte 3072: the metadata of all entries of more than 35 bytes",
+            ),
+        ] {
+            let error = read(entries, metadata).unwrap_err();
+            assert_eq!(error.to_string(), expected);
+        }
+    }
 }

@@ -12,6 +12,8 @@
 
 use std::ops::Range;
 
+use crate::estargz::TOC_JSON_MAX;
+
 use super::{Dialect, Position, SKIPPABLE_HEADER, SKIPPABLE_MAGIC, TOC_TYPE};
 
 /// Length of the payload of Podman's footer in bytes.
@@ -62,6 +64,13 @@ pub enum FooterError {
     /// A TOC of an unknown type.
     #[error("the footer says that the TOC has type {0}; only 1 is known")]
     Type(u64),
+    /// No reader would take a TOC of this size.
+    #[error(
+        "the footer says that the TOC has {} compressed bytes and {} bytes of JSON; the limit is {TOC_JSON_MAX}",
+        .0.compressed_size,
+        .0.size
+    )]
+    TooLarge(Position),
     /// The place of the TOC is impossible.
     #[error("the footer puts the TOC at {position}, which cannot be before the footer at {end}")]
     Position {
@@ -180,6 +189,9 @@ pub fn locate(tail: &[u8], blob_size: u64) -> Result<TocLocation, FooterError> {
     let end = blob_size
         .checked_sub(payload)
         .ok_or(FooterError::NotZstdChunked)?;
+    if footer.toc.is_too_large() {
+        return Err(FooterError::TooLarge(footer.toc));
+    }
     if !footer.toc.is_sane(end) {
         return Err(FooterError::Position {
             position: footer.toc,
