@@ -2,6 +2,7 @@
 
 pub(crate) mod beside;
 pub(crate) mod blob;
+mod nested;
 pub(crate) mod platform;
 pub(crate) mod resolve;
 

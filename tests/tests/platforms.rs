@@ -1,13 +1,9 @@
 //! Images for several platforms: which of them are converted, and what the index says of them afterwards.
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on fails where it is")]
 
-use std::io::Write;
-
-use flate2::Compression;
-use flate2::write::GzEncoder;
 use peel::demo::registry::Registry;
 use peel_image::{Digest, media};
-use peel_tests::image::Tar;
+use peel_tests::image::{Tar, gzip};
 use peel_tests::world::{World, errors};
 use serde_json::{Value, json};
 
@@ -17,12 +13,6 @@ const ARCHITECTURES: [&str; 2] = if cfg!(target_arch = "aarch64") {
 } else {
     ["amd64", "arm64"]
 };
-
-fn gzip(bytes: &[u8]) -> Vec<u8> {
-    let mut encoder = GzEncoder::new(Vec::new(), Compression::default());
-    encoder.write_all(bytes).unwrap();
-    encoder.finish().unwrap()
-}
 
 /// Pushes an image of one layer, which it shares with the others, and one that tells the architecture; its index entry.
 fn image(registry: &Registry, architecture: &str, variant: Option<&str>) -> Value {
@@ -271,4 +261,123 @@ fn only_this_machines_image_is_optimized() {
     let output = world.run(&["optimize", "--platform", &other, &source, &target]);
     assert!(output.status.success(), "{}", errors(&output));
     assert!(errors(&output).contains("nothing is run"), "{}", errors(&output));
+}
+
+/// Pushes an index of these entries and returns the entry that leads to it.
+fn index_of(registry: &Registry, tag: &str, entries: &[Value]) -> Value {
+    let index = json!({"schemaVersion": 2, "mediaType": media::OCI_INDEX, "manifests": entries}).to_string();
+    let content = registry.content();
+    let digest = Digest::of(index.as_bytes()).to_string();
+    for name in [tag, &digest] {
+        content
+            .put_manifest("multi", name, media::OCI_INDEX, index.as_bytes())
+            .unwrap();
+    }
+    json!({"mediaType": media::OCI_INDEX, "digest": digest, "size": index.len()})
+}
+
+#[test]
+fn indexes_within_an_index_are_followed() {
+    let world = World::new();
+    let registry = world.registry();
+    let mut nameless = image(&registry, ARCHITECTURES[1], None);
+    nameless.as_object_mut().unwrap().remove("platform");
+    let arm = index_of(&registry, "arm", &[image(&registry, "arm", Some("v7"))]);
+    // Its own entry says no platform; the one that leads to it does.
+    let mut other = index_of(&registry, "other", &[nameless]);
+    other["platform"] = json!({"os": "linux", "architecture": ARCHITECTURES[1]});
+    let absent = json!({
+        "mediaType": media::OCI_INDEX,
+        "digest": Digest::of(b"not copied").to_string(),
+        "size": 10,
+        "platform": {"os": "linux", "architecture": "s390x"},
+    });
+    let both = index_of(
+        &registry,
+        "both",
+        &[arm, image(&registry, ARCHITECTURES[0], None)],
+    );
+    index_of(&registry, "nested", &[absent, both, other]);
+    let name = format!("{}/multi:nested", registry.addr());
+    for platform in ["arm", ARCHITECTURES[0], ARCHITECTURES[1]] {
+        let wanted = format!("linux/{platform}");
+        assert_eq!(
+            world.ok(&["cat", "--platform", &wanted, &name, "/arch"]),
+            platform
+        );
+        let report: Value =
+            serde_json::from_str(&world.ok(&["--json", "inspect", "--platform", &wanted, &name])).unwrap();
+        assert_eq!(report["layers"].as_array().unwrap().len(), 2);
+    }
+    let dir = world.mount(&name, "root");
+    assert_eq!(
+        std::fs::read_to_string(dir.join("arch")).unwrap(),
+        ARCHITECTURES[0]
+    );
+    world.umount(&dir);
+    // What is written is flat.
+    let target = format!("{}/multi:flat", registry.addr());
+    world.convert(
+        &[
+            "--platform",
+            "linux/arm",
+            "--platform",
+            &format!("linux/{}", ARCHITECTURES[1]),
+        ],
+        &name,
+        &target,
+    );
+    let index = document(
+        &registry,
+        registry.content().manifest("multi", "flat").unwrap().digest,
+    );
+    assert_eq!(platforms(&index), ["arm", ARCHITECTURES[1]]);
+    assert_eq!(index["manifests"][0]["platform"]["variant"], "v7");
+    let output = world.run(&["inspect", "--platform", "linux/s390x", &name]);
+    let message = errors(&output);
+    assert!(!output.status.success());
+    assert!(
+        message.contains(&Digest::of(b"not copied").to_string()),
+        "{message}"
+    );
+    world.assert_sound();
+}
+
+#[test]
+fn indexes_within_indexes_end() {
+    let world = World::new();
+    let registry = world.registry();
+    let mut entry = image(&registry, ARCHITECTURES[0], None);
+    for depth in 1..=5 {
+        entry = index_of(&registry, &format!("deep{depth}"), &[entry]);
+    }
+    let deep = |depth| format!("{}/multi:deep{depth}", registry.addr());
+    assert_eq!(world.ok(&["cat", &deep(4), "/arch"]), ARCHITECTURES[0]);
+    let wide: Vec<Value> = (0..65)
+        .map(|number| {
+            let image = image(&registry, &format!("odd{number}"), None);
+            index_of(&registry, &format!("inner{number}"), &[image])
+        })
+        .collect();
+    index_of(&registry, "wide", &wide);
+    let wide = format!("{}/multi:wide", registry.addr());
+    for (name, reason) in [
+        (deep(5), "more than 4 indexes within each other"),
+        (wide, "more than 64 indexes within it"),
+    ] {
+        let dir = world.dir("root");
+        for arguments in [
+            ["inspect", &name].as_slice(),
+            &["mount", &name, dir.to_str().unwrap()],
+        ] {
+            let output = world.run(arguments);
+            assert!(!output.status.success(), "{arguments:?}");
+            let message = errors(&output);
+            assert!(
+                message.contains(reason) && message.contains("index sha256:"),
+                "{arguments:?}: {message}"
+            );
+        }
+    }
+    world.assert_sound();
 }

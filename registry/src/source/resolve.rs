@@ -4,11 +4,10 @@ use bytes::Bytes;
 use oci_spec::image::{Descriptor, ImageConfiguration, ImageIndex, ImageManifest, Platform};
 use peel_image::{Digest, media};
 
+use super::nested::{self, MAX_DEPTH};
 use super::{Source, platform};
 use crate::error::Error;
 
-/// Indexes within indexes. Nobody is known to nest more than one.
-const MAX_DEPTH: usize = 4;
 /// Largest image configuration in bytes; histories of long builds reach some hundred KiB.
 const MAX_CONFIG: u64 = 8 << 20;
 /// Layers of one image: Docker stops at 127; a hostile manifest of 4 MiB could name 20,000.
@@ -31,12 +30,12 @@ pub struct ResolvedImage {
     pub platform: Option<Platform>,
 }
 
-/// The index that a name names: one manifest per platform.
+/// The index that a name names: one manifest per platform. Indexes within it are laid out flat.
 #[derive(Debug, Clone)]
 pub struct ResolvedIndex {
-    /// Digest of the index.
+    /// Digest of the index as it came.
     pub digest: Digest,
-    /// The index as it came, byte for byte.
+    /// The index: as it came, byte for byte, if there is no other within it.
     pub bytes: Bytes,
     /// The index, parsed.
     pub index: ImageIndex,
@@ -162,7 +161,7 @@ impl Document {
 
 impl Source {
     /// Finds the manifest for `platform` (`os/architecture[/variant]`; `None` is this machine). One request per document: one for
-    /// an image, two for an index. What the name itself names is asked for once in the life of this source.
+    /// an image, two for an index, one more for each index within it. What the name itself names is asked for once in the life of this source.
     ///
     /// An image that is not in an index is taken as it is; its configuration tells its platform.
     pub async fn resolve(&self, platform: Option<&str>) -> Result<ResolvedImage, Error> {
@@ -180,11 +179,12 @@ impl Source {
         }
         let mut document = top.clone();
         let mut found = None;
+        // An entry may hide what it is: then what is behind it is an index once more.
         for _ in 0..MAX_DEPTH {
-            let Content::Index(index) = &document.content else {
+            let Some(flat) = nested::flatten(&self.inner, &document).await? else {
                 break;
             };
-            let manifests = index.manifests();
+            let manifests = flat.index.manifests();
             let child = wanted.choose(manifests).or_else(|| nameless(manifests));
             let Some(child) = child.cloned() else {
                 let available: Vec<_> = manifests.iter().map(platform::show).collect();
@@ -204,16 +204,15 @@ impl Source {
         })
     }
 
-    /// The index that the name names, `None` if it names an image. Shares its request with [`Source::resolve`].
+    /// The index that the name names, those within it laid out flat; `None` if it names an image. Shares its first request with
+    /// [`Source::resolve`].
     pub async fn index(&self) -> Result<Option<ResolvedIndex>, Error> {
         let top = self.inner.top().await?;
-        let Content::Index(index) = &top.content else {
-            return Ok(None);
-        };
-        Ok(Some(ResolvedIndex {
+        let flat = nested::flatten(&self.inner, top).await?;
+        Ok(flat.map(|flat| ResolvedIndex {
             digest: top.digest,
-            bytes: top.bytes.clone(),
-            index: ImageIndex::clone(index),
+            bytes: flat.bytes,
+            index: flat.index,
             media_type: top.media_type.clone(),
         }))
     }
