@@ -7,6 +7,8 @@
 
 pub(crate) mod background;
 
+use std::time::SystemTime;
+
 use oci_spec::image::Descriptor;
 use peel_image::Digest;
 use peel_image::layer::LayerIndex;
@@ -52,6 +54,39 @@ impl Subject {
         if let Err(error) = store.put_verdict(&self.key(), verdict) {
             tracing::warn!(layer = %self.blob, %error, "the check of this layer was not kept; it is made again");
         }
+    }
+}
+
+/// What a check of a whole layer came to, and when.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LayerCheck {
+    /// What it came to.
+    pub verdict: LayerVerdict,
+    /// When; `None` if the clock of the disk makes no sense.
+    pub when: Option<SystemTime>,
+}
+
+/// What is known in `store` of the layer that `descriptor` names, whose uncompressed digest is `diff_id` by the configuration:
+/// `None` if nobody checked it, or if its digest is none. A fault counts before anything that was found right.
+pub fn layer_check(store: &Store, descriptor: &Descriptor, diff_id: Digest) -> Option<LayerCheck> {
+    let blob: Digest = descriptor.digest().to_string().parse().ok()?;
+    let candidate = crate::load::candidate(descriptor);
+    // As it is served: by its table of contents, or whole.
+    let listed = candidate.vouched().is_ok().then(|| candidate.key(&blob));
+    let mut checks = listed.into_iter().chain([blob]).filter_map(|index| {
+        let subject = Subject { blob, index, diff_id };
+        let verdict = subject.verdict(store)?;
+        let when = store.verdict_time(&subject.key());
+        Some(LayerCheck { verdict, when })
+    });
+    let first = checks.next()?;
+    match first.verdict.fault {
+        None => Some(
+            checks
+                .find(|check| check.verdict.fault.is_some())
+                .unwrap_or(first),
+        ),
+        Some(_) => Some(first),
     }
 }
 

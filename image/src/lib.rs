@@ -31,3 +31,4 @@ pub mod write;
 pub mod zstd_chunked;
 
 pub use digest::{Digest, Hasher};
+pub use estargz::time::format as format_time;

@@ -381,7 +381,7 @@ fn order(plan: &Plan, layers: &[&Done]) -> Option<String> {
 }
 
 /// The diff ids of a configuration, as far as they are there.
-fn diff_ids(config: &Bytes) -> Vec<Digest> {
+pub fn diff_ids(config: &Bytes) -> Vec<Digest> {
     let config: serde_json::Value = serde_json::from_slice(config).unwrap_or_default();
     config
         .pointer("/rootfs/diff_ids")

@@ -9,6 +9,7 @@ use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::time::SystemTime;
 
 use peel_image::Digest;
 use peel_image::layer::LayerIndex;
@@ -117,6 +118,12 @@ impl Store {
     /// What the check of a whole layer came to, if there was one.
     pub fn verdict(&self, subject: &Digest) -> Result<Option<LayerVerdict>, Error> {
         self.record(&self.record_path("verdicts", subject))
+    }
+
+    /// When [`Store::put_verdict`] was called for it last, if it was.
+    pub fn verdict_time(&self, subject: &Digest) -> Option<SystemTime> {
+        let path = self.record_path("verdicts", subject);
+        fs::metadata(path).ok()?.modified().ok()
     }
 
     /// The EROFS image for the manifest, if it is kept and whole.

@@ -12,7 +12,7 @@ use peel_image::Digest;
 use peel_image::write::Dialect;
 use peel_tests::image::{Layer, Tar, entry, noise, push, zstd_chunked};
 use peel_tests::world::{TAGS, World, assert_expected, errors, eventually, read, vector};
-use serde_json::json;
+use serde_json::{Value, json};
 
 fn tar() -> Vec<u8> {
     let tar = Tar::new()
@@ -260,6 +260,63 @@ fn nothing_is_downloaded_twice_unless_asked_for() {
     read_all(&dir);
     world.umount(&dir);
     world.assert_sound();
+}
+
+/// What `inspect` says of the check of the only layer: for machines and for people.
+fn inspected(world: &World, name: &str) -> (Value, String) {
+    let report: Value = serde_json::from_str(&world.ok(&["--json", "inspect", name])).unwrap();
+    let text = world.ok(&["inspect", name]);
+    let line = text.lines().find(|line| line.contains("checked:")).unwrap();
+    (report["layers"][0]["check"].clone(), line.to_owned())
+}
+
+#[test]
+fn inspect_tells_what_the_checks_came_to() {
+    let right = zstd(Dialect::Podman);
+    let liar = right
+        .clone()
+        .with_zstd_contents(|entries| entry(entries, "data/a")["mode"] = json!(0o4755));
+    for (what, layer, arguments, end) in [
+        (
+            "lazy",
+            right.clone(),
+            [].as_slice(),
+            "a layer that is here in full is right",
+        ),
+        ("full", right, &["--verify", "full"], ""),
+        ("plain", Layer::plain(&tar()), &[], ""),
+        ("liar", liar, &[], "will not be loaded again"),
+    ] {
+        let world = World::new();
+        let registry = world.registry();
+        let name = push(&registry, "app", what, &[layer]);
+        let (check, line) = inspected(&world, &name);
+        assert_eq!(check, json!({"state": "not-yet"}), "{what}");
+        assert!(line.contains("not as a whole yet"), "{what}: {line}");
+        assert!(!world.store().exists(), "{what}: inspect made a store");
+        let dir = in_the_background(&world, &name, arguments, end);
+        let (check, line) = inspected(&world, &name);
+        let when = check["when"].as_str().unwrap();
+        assert!(
+            when.starts_with("20") && when.ends_with('Z') && line.contains(when),
+            "{what}: {line}"
+        );
+        match what {
+            "liar" => {
+                assert_eq!(check["state"], "failed");
+                assert!(check["fault"].as_str().unwrap().contains("the mode"), "{check}");
+                assert!(line.contains("WRONG") && line.contains("the mode"), "{line}");
+            }
+            _ => {
+                assert_eq!(check["state"], "verified", "{what}: {check}");
+                // From the tar-split, the blob's own bytes are not read again.
+                assert_eq!(check["blob"], json!(what != "lazy"), "{what}: {check}");
+                assert!(line.contains("right as a whole"), "{what}: {line}");
+            }
+        }
+        world.umount(&dir);
+        world.assert_sound();
+    }
 }
 
 #[test]

@@ -13,7 +13,7 @@ const EPOCH: i64 = 719_468;
 const YEAR_DIGITS: usize = 12;
 
 /// Formats a time as upstream does: rounded to whole seconds (half a second up), UTC; empty for the second of the epoch.
-pub(crate) fn format(seconds: i64, nanoseconds: u32) -> String {
+pub fn format(seconds: i64, nanoseconds: u32) -> String {
     if seconds == 0 {
         return String::new();
     }

@@ -1,16 +1,21 @@
-//! `peel inspect`: how each layer of an image is kept. Only the ends of the blobs are fetched.
+//! `peel inspect`: how each layer of an image is kept, and what the store's checks of whole layers came to. Only the ends of the
+//! blobs are fetched, and the configuration if there is a store.
 
 use std::collections::BTreeMap;
 use std::io::Write;
+use std::time::UNIX_EPOCH;
 
 use anyhow::Context;
 use oci_spec::image::Descriptor;
-use peel_image::Digest;
+use peel_fs::{LayerCheck, layer_check};
 use peel_image::lazy::Over;
+use peel_image::{Digest, format_time};
+use peel_store::Store;
 use serde::Serialize;
 
 use super::look::OpenImage;
 use crate::cli::{Global, InspectArgs};
+use crate::convert::diff_ids;
 use crate::layers::{self, Examined, Format, Origin, TocState};
 
 /// What `--json` prints.
@@ -43,7 +48,32 @@ struct LayerReport {
     /// Bytes that are fetched first.
     #[serde(skip_serializing_if = "Option::is_none")]
     prefetch_bytes: Option<u64>,
+    check: Check,
     annotations: BTreeMap<String, String>,
+}
+
+/// What the store knows of the layer as a whole.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case", tag = "state")]
+enum Check {
+    /// Nobody checked it there.
+    NotYet,
+    /// Its DiffID and its table of contents are right.
+    Verified {
+        /// RFC 3339.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        when: Option<String>,
+        /// Whether the blob's own digest was computed, too.
+        blob: bool,
+    },
+    /// It will not be loaded.
+    Failed {
+        /// RFC 3339.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        when: Option<String>,
+        /// What is wrong, in a sentence.
+        fault: String,
+    },
 }
 
 /// Prints it.
@@ -65,9 +95,11 @@ pub(super) fn run(global: &Global, args: &InspectArgs) -> anyhow::Result<()> {
             })
         })
         .collect();
-    for task in examined {
+    let checks = checks(global, &open);
+    for (position, task) in examined.into_iter().enumerate() {
         let (descriptor, examined) = open.runtime.block_on(task).context("task")??;
-        layers.push(layer_report(&descriptor, examined));
+        let check = checks.get(position).cloned().unwrap_or(Check::NotYet);
+        layers.push(layer_report(&descriptor, examined, check));
     }
     let report = Report {
         image: args.image.clone(),
@@ -92,7 +124,49 @@ fn sorted(annotations: Option<&std::collections::HashMap<String, String>>) -> BT
         .collect()
 }
 
-fn layer_report(descriptor: &Descriptor, examined: Examined) -> LayerReport {
+/// What the store knows of the layers. Nothing, if there is no store, or if the configuration that tells the DiffIDs cannot be
+/// had: both are no reason to tell less of the rest.
+fn checks(global: &Global, open: &OpenImage) -> Vec<Check> {
+    let is_there = global.store.join("records").exists();
+    let Some(store) = is_there.then(|| Store::open(&global.store).ok()).flatten() else {
+        return Vec::new();
+    };
+    let (bytes, _) = match open.runtime.block_on(open.source.config(&open.image)) {
+        Ok(config) => config,
+        Err(error) => {
+            tracing::warn!(%error, "whether the layers were checked is not known without the configuration");
+            return Vec::new();
+        }
+    };
+    let (layers, diff_ids) = (open.image.manifest.layers(), diff_ids(&bytes));
+    if layers.len() != diff_ids.len() {
+        return Vec::new();
+    }
+    layers
+        .iter()
+        .zip(diff_ids)
+        .map(
+            |(descriptor, diff_id)| match layer_check(&store, descriptor, diff_id) {
+                None => Check::NotYet,
+                Some(LayerCheck { verdict, when }) => {
+                    let when = when.and_then(|when| {
+                        let seconds = when.duration_since(UNIX_EPOCH).ok()?.as_secs();
+                        Some(format_time(i64::try_from(seconds).ok()?, 0))
+                    });
+                    match verdict.fault {
+                        None => Check::Verified {
+                            when,
+                            blob: verdict.blob,
+                        },
+                        Some(fault) => Check::Failed { when, fault },
+                    }
+                }
+            },
+        )
+        .collect()
+}
+
+fn layer_report(descriptor: &Descriptor, examined: Examined, check: Check) -> LayerReport {
     let (index, not_lazy) = match examined.index {
         Ok(index) => (Some(index), None),
         Err(reason) => (None, Some(reason.to_string())),
@@ -108,6 +182,7 @@ fn layer_report(descriptor: &Descriptor, examined: Examined) -> LayerReport {
         toc_origin: examined.origin,
         entries: index.as_ref().map(|index| index.entries.len()),
         prefetch_bytes: index.as_ref().and_then(|index| index.prefetch_end),
+        check,
         annotations: sorted(descriptor.annotations().as_ref()),
     }
 }
@@ -176,6 +251,25 @@ fn print(report: &Report) -> std::io::Result<()> {
             match layer.prefetch_bytes {
                 Some(bytes) => writeln!(out, "  prefetch: {bytes} bytes")?,
                 None => writeln!(out, "  prefetch: nothing")?,
+            }
+        }
+        let on = |when: &Option<String>| when.as_ref().map_or(String::new(), |when| format!(" on {when}"));
+        match &layer.check {
+            Check::NotYet => writeln!(out, "  checked:  not as a whole yet")?,
+            Check::Verified { when, blob: true } => {
+                writeln!(out, "  checked:  right as a whole{}", on(when))?
+            }
+            Check::Verified { when, blob: false } => writeln!(
+                out,
+                "  checked:  right as a whole{}, by its files and tar headers (the blob was not hashed)",
+                on(when)
+            )?,
+            Check::Failed { when, fault } => {
+                writeln!(
+                    out,
+                    "  checked:  WRONG, found{}: {fault}; it is not loaded",
+                    on(when)
+                )?;
             }
         }
         print_annotations(&mut out, "  ", &layer.annotations)?;
