@@ -7,21 +7,22 @@
 //! Locks: one per object and one for the table, both held for a few instructions, never across I/O, and never one
 //! inside the other.
 
+mod snapshot;
+
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs::File;
-use std::io;
 use std::ops::Range;
-use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, RwLock};
 use std::time::Instant;
 
 use peel_image::layer::{Chunk, ChunkSource};
 use peel_image::{Digest, Hasher};
-use peel_store::{ChunkState, PartialObject, Store};
+use peel_store::{ChunkState, PartialObject};
 
 use crate::fetch::layer::{Layer, LayerFile};
 use crate::lock;
+pub(crate) use snapshot::Snapshot;
 
 /// Which list of chunks describes an object.
 ///
@@ -202,10 +203,7 @@ impl State {
                 memory.push((chunk.file_offset, Arc::clone(bytes)));
             }
         }
-        Some(Snapshot {
-            backing: self.backing.clone(),
-            memory,
-        })
+        Some(Snapshot::new(&self.backing, memory))
     }
 
     /// Whether the chunk is here or on its way.
@@ -225,92 +223,6 @@ impl State {
             ChunkState::Present => Presence::Here,
             ChunkState::Unverified => Presence::Unverified,
             ChunkState::Missing => Presence::Missing,
-        }
-    }
-}
-
-/// Bytes that may be exposed, ready to be copied without a lock.
-#[derive(Debug)]
-pub(crate) struct Snapshot {
-    backing: Backing,
-    /// Chunks that are not on disk yet: place in the file and bytes, ascending.
-    memory: Vec<(u64, Arc<Vec<u8>>)>,
-}
-
-impl Snapshot {
-    /// Of an object that is complete.
-    pub(crate) fn complete(backing: &Backing) -> Self {
-        Self {
-            backing: backing.clone(),
-            memory: Vec::new(),
-        }
-    }
-
-    /// Copies a range that lies inside what the snapshot was taken for; replaces what `bytes` held.
-    pub(crate) fn read_into(
-        &self,
-        store: &Store,
-        digest: &Digest,
-        offset: u64,
-        length: usize,
-        bytes: &mut Vec<u8>,
-    ) -> io::Result<()> {
-        bytes.clear();
-        while bytes.len() < length {
-            let at = offset + bytes.len() as u64;
-            let left = length - bytes.len();
-            if let Some(piece) = self.in_memory(at) {
-                bytes.extend_from_slice(piece.get(..left).unwrap_or(piece));
-                continue;
-            }
-            let next = self
-                .memory
-                .iter()
-                .map(|(start, _)| *start)
-                .find(|start| *start > at);
-            let run = next.map_or(left, |next| {
-                usize::try_from(next - at).map_or(left, |run| run.min(left))
-            });
-            self.on_disk(store, digest, at, run, bytes)?;
-        }
-        Ok(())
-    }
-
-    fn in_memory(&self, at: u64) -> Option<&[u8]> {
-        self.memory.iter().find_map(|(start, bytes)| {
-            let skip = usize::try_from(at.checked_sub(*start)?).ok()?;
-            bytes.get(skip..).filter(|rest| !rest.is_empty())
-        })
-    }
-
-    fn on_disk(
-        &self,
-        store: &Store,
-        digest: &Digest,
-        at: u64,
-        run: usize,
-        bytes: &mut Vec<u8>,
-    ) -> io::Result<()> {
-        let length = bytes.len();
-        let read = |file: &File, bytes: &mut Vec<u8>| {
-            bytes.resize(length + run, 0);
-            file.read_exact_at(bytes.get_mut(length..).unwrap_or_default(), at)
-        };
-        match &self.backing {
-            Backing::Complete(Some(file)) => read(file, bytes),
-            Backing::Complete(None) => {
-                let file = store.open_object(digest).map_err(io::Error::other)?;
-                read(&file.ok_or(io::ErrorKind::NotFound)?, bytes)
-            }
-            Backing::Partial(partial) => {
-                let part = partial.read(at, run).map_err(io::Error::other)?;
-                if part.len() != run {
-                    return Err(io::ErrorKind::UnexpectedEof.into());
-                }
-                bytes.extend_from_slice(&part);
-                Ok(())
-            }
-            Backing::Unknown | Backing::Nothing => Err(io::ErrorKind::NotFound.into()),
         }
     }
 }
