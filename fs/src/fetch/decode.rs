@@ -2,6 +2,7 @@
 //! happens here, and all writing to the store.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
 use bytes::Bytes;
@@ -57,6 +58,9 @@ pub(crate) struct Decoders {
     prefetch: Sender<Job>,
     stop: Sender<()>,
     threads: usize,
+    /// The other ends of `demand` and `prefetch`, to empty them at the end.
+    queues: [Receiver<Job>; 2],
+    stopped: AtomicBool,
 }
 
 impl Decoders {
@@ -80,19 +84,28 @@ impl Decoders {
             prefetch,
             stop,
             threads,
+            queues: [demand_jobs, prefetch_jobs],
+            stopped: AtomicBool::new(false),
         })
     }
 
     /// Gives a job to the threads. The job comes back when the queue is full, `None` when the threads have ended.
     pub(super) fn try_submit(&self, lane: Lane, job: Job) -> Result<(), Option<Job>> {
+        if self.stopped.load(Ordering::SeqCst) {
+            return Err(None);
+        }
         let queue = match lane {
             Lane::Demand => &self.demand,
             Lane::Prefetch => &self.prefetch,
         };
-        queue.try_send(job).map_err(|error| match error {
+        let sent = queue.try_send(job).map_err(|error| match error {
             TrySendError::Full(job) => Some(job),
             TrySendError::Disconnected(_) => None,
-        })
+        });
+        if self.stopped.load(Ordering::SeqCst) {
+            self.discard();
+        }
+        sent
     }
 
     /// Gives a job to the threads; if they have too many, its claims are dropped and tried again later.
@@ -100,11 +113,20 @@ impl Decoders {
         drop(self.try_submit(lane, job));
     }
 
-    /// Ends the threads after the jobs that they are at.
+    /// Ends the threads after the jobs that they are at; the others are dropped.
     pub(super) fn stop(&self) {
+        self.stopped.store(true, Ordering::SeqCst);
         for _ in 0..self.threads {
             // Full means that every thread has its order already.
             let _ = self.stop.try_send(());
+        }
+        self.discard();
+    }
+
+    /// Drops the jobs that wait. They hold claims, and those the engine, which holds this: nobody else would end that.
+    fn discard(&self) {
+        for queue in &self.queues {
+            while queue.try_recv().is_ok() {}
         }
     }
 }
