@@ -280,6 +280,13 @@ impl Engine {
     }
 
     fn answer(&self, object: &Object, snapshot: &Snapshot, offset: u64, length: usize, answer: Answer) {
+        // Only now the length is known if images disagreed about it.
+        let left = usize::try_from(object.size().saturating_sub(offset)).unwrap_or(usize::MAX);
+        let length = if snapshot.is_complete() {
+            length.min(left)
+        } else {
+            length
+        };
         let mut bytes = Vec::with_capacity(length);
         match snapshot.read_into(&self.store, &object.digest, offset, length, &mut bytes) {
             Ok(()) => answer(Ok(&bytes)),
@@ -299,24 +306,32 @@ impl Engine {
             }
             state.generation
         };
-        let backing = if self.store.has_object(&object.digest) {
+        let complete = self.store.object_size(&object.digest);
+        let backing = if complete.is_some() {
             Backing::Complete(None)
         } else {
             match file {
                 Some(file) if file.chunks.len() > 1 => {
-                    let size = file.chunks.iter().map(|chunk| chunk.size).sum();
-                    Backing::Partial(self.store.partial(&object.digest, size, &file.chunks)?)
+                    Backing::Partial(self.store.partial(&object.digest, file.size(), &file.chunks)?)
                 }
                 Some(_) => Backing::Nothing,
                 None => return Ok(()),
             }
         };
-        let mut state = lock(&object.state);
-        if matches!(state.backing, Backing::Unknown) && state.generation == generation {
-            if let (false, Some(file)) = (matches!(backing, Backing::Complete(_)), file) {
-                state.list = Some(file.list);
+        let mut corrected = false;
+        {
+            let mut state = lock(&object.state);
+            if matches!(state.backing, Backing::Unknown) && state.generation == generation {
+                match (complete, file) {
+                    (Some(size), _) => corrected = object.settle_size(&mut state, size),
+                    (None, Some(file)) => state.use_list(file.list),
+                    (None, None) => {}
+                }
+                state.backing = backing;
             }
-            state.backing = backing;
+        }
+        if let (true, Some(events)) = (corrected, self.events()) {
+            events.invalidate_later(object.number);
         }
         Ok(())
     }
@@ -360,6 +375,35 @@ impl Engine {
                 waiter.answer,
             );
         }
+    }
+
+    /// As [`Engine::start_over`], from another thread: reads that start over may call back to where this is called.
+    pub(crate) fn start_over_later(self: &Arc<Self>, object: &Arc<Object>, waiters: Vec<Waiter>) {
+        if waiters.is_empty() || self.is_stopping() {
+            return fail(waiters);
+        }
+        let (engine, object) = (Arc::clone(self), Arc::clone(object));
+        self.handle
+            .spawn_blocking(move || engine.start_over(&object, waiters));
+    }
+
+    /// Finds out how long an object is. `answer` is called at once, unless images disagree: then it is called when the object is
+    /// complete, which this sees to, with EIO at the latest after the read deadline.
+    pub(crate) fn size(
+        self: &Arc<Self>,
+        object: &Arc<Object>,
+        answer: impl FnOnce(Result<u64, Errno>) + Send + 'static,
+    ) {
+        if let Some(size) = object.known_size() {
+            return answer(Ok(size));
+        }
+        let of = Arc::clone(object);
+        self.read(
+            object,
+            0,
+            0,
+            Box::new(move |read| answer(read.map(|_| of.size()))),
+        );
     }
 
     /// An overlay may have found the object in FUSE just now. If it is complete, nobody else will say so.

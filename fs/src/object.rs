@@ -14,7 +14,7 @@ use std::fs::File;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, RwLock};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use peel_image::layer::{Chunk, ChunkSource};
 use peel_image::{Digest, Hasher};
@@ -58,6 +58,10 @@ impl ListId {
         }
     }
 }
+
+/// How long a chunk list that images disagree about may bring nothing before another one has its turn: longer than the pauses
+/// of a registry that works, much shorter than reads wait.
+const STUCK: Duration = Duration::from_secs(2);
 
 /// A layer that can bring an object.
 #[derive(Debug, Clone)]
@@ -134,6 +138,14 @@ pub(crate) struct State {
     pub(crate) list: Option<ListId>,
     /// Images disagree about the chunk list: nothing is exposed before the whole hash was checked.
     pub(crate) strict: bool,
+    /// Images disagree about the length: nobody is told it before the object is complete. Implies `strict`.
+    disputed: bool,
+    /// Which of the lists that images disagree about is to be used next; see [`State::turn`].
+    turn: u32,
+    /// Turns that wrong chunks led to since reads failed or the object was complete.
+    pub(crate) wrong_turns: usize,
+    /// When the list in use was chosen or last brought a chunk.
+    pub(crate) progress: Option<Instant>,
     /// Lists that led to a file with another hash.
     pub(crate) false_lists: Vec<ListId>,
     /// Counts changes of the list: what was claimed under an earlier one no longer matters.
@@ -153,24 +165,78 @@ pub(crate) struct State {
 impl State {
     /// The source to fetch from: one with the list in use. Takes turns after failures.
     pub(crate) fn source(&self) -> Option<Source> {
-        let usable: Vec<&Source> = self
-            .sources
-            .iter()
-            .filter(|source| {
-                !source.layer.is_closed() && source.file().is_some_and(|file| self.may_use(file))
-            })
-            .collect();
+        let list = self.list_to_use()?;
+        let usable = || {
+            self.usable()
+                .filter(|(_, file)| file.list == list)
+                .map(|(source, _)| source)
+        };
         let turn = usize::try_from(self.failures).unwrap_or(0);
-        usable
-            .get(turn.checked_rem(usable.len())?)
-            .map(|source| (*source).clone())
+        usable().nth(turn.checked_rem(usable().count())?).cloned()
     }
 
     /// Whether chunks may be fetched by this file's list.
     pub(crate) fn may_use(&self, file: &LayerFile) -> bool {
         file.list != ListId::Whole
-            && self.list.is_none_or(|list| list == file.list)
             && !self.false_lists.contains(&file.list)
+            && self.list_to_use().is_none_or(|list| list == file.list)
+    }
+
+    /// The list in use, or the one to begin with.
+    fn list_to_use(&self) -> Option<ListId> {
+        if self.list.is_some() {
+            return self.list;
+        }
+        if !self.strict {
+            return self.usable().next().map(|(_, file)| file.list);
+        }
+        let lists = self.lists();
+        let turn = usize::try_from(self.turn).unwrap_or(0);
+        lists.get(turn.checked_rem(lists.len())?).copied()
+    }
+
+    /// The sources that chunks may be fetched from, by whichever list.
+    fn usable(&self) -> impl Iterator<Item = (&Source, &LayerFile)> {
+        self.sources
+            .iter()
+            .filter(|source| !source.layer.is_closed())
+            .filter_map(|source| Some((source, source.file()?)))
+            .filter(|(_, file)| file.list != ListId::Whole && !self.false_lists.contains(&file.list))
+    }
+
+    /// The lists that may be used, those of short files first: whoever is wrong about a file must not make others fetch more than
+    /// the file that they want.
+    fn lists(&self) -> Vec<ListId> {
+        let mut lists: Vec<(u64, ListId)> = Vec::new();
+        for (_, file) in self.usable() {
+            if lists.iter().all(|(_, list)| *list != file.list) {
+                lists.push((file.size(), file.list));
+            }
+        }
+        lists.sort_by_key(|(size, _)| *size);
+        lists.into_iter().map(|(_, list)| list).collect()
+    }
+
+    /// How many lists may be used.
+    pub(crate) fn choices(&self) -> usize {
+        self.lists().len()
+    }
+
+    /// Lets another list be used where images disagree: by the one in use nothing was exposed, and it leads nowhere. False when there
+    /// is no other. The reads that wait have to start over.
+    pub(crate) fn turn(&mut self) -> bool {
+        if !self.strict || self.choices() < 2 {
+            return false;
+        }
+        self.turn = self.turn.wrapping_add(1);
+        self.failures = 0;
+        self.change_list();
+        true
+    }
+
+    /// Whether the list in use has brought nothing for so long that another one should have its turn.
+    pub(crate) fn is_stuck(&self) -> bool {
+        self.progress.is_none_or(|progress| progress.elapsed() >= STUCK)
     }
 
     /// Leaves the chunk list in use, and all that came by it.
@@ -179,7 +245,16 @@ impl State {
         self.flights.clear();
         self.wrong.clear();
         self.list = None;
+        self.progress = None;
         self.backing = Backing::Unknown;
+    }
+
+    /// Chunks are fetched by this list from now on.
+    pub(crate) fn use_list(&mut self, list: ListId) {
+        if self.list != Some(list) {
+            self.progress = Some(Instant::now());
+        }
+        self.list = Some(list);
     }
 
     /// The bytes of a range, if they are here and may be exposed.
@@ -264,43 +339,55 @@ pub(crate) struct Object {
 }
 
 impl Object {
-    /// Length in bytes, as the first image that named it says.
+    /// Length in bytes: of a complete object the right one, else what the first image that named it says.
     pub(crate) fn size(&self) -> u64 {
         self.size.load(Ordering::Relaxed)
     }
 
-    /// Corrects the length, once the object is complete.
-    pub(crate) fn set_size(&self, size: u64) {
-        self.size.store(size, Ordering::Relaxed);
+    /// Length in bytes, as far as it may be told to the kernel: `None` while images disagree about it.
+    pub(crate) fn known_size(&self) -> Option<u64> {
+        let disputed = lock(&self.state).disputed;
+        (!disputed).then(|| self.size())
     }
 
-    /// Adds a source. When the images disagree about the chunk list from now on, returns the reads that wait, which have to
-    /// start over; and what the kernel may have cached of the object must go.
+    /// The object is complete and this long. True when the kernel may have been told otherwise.
+    pub(crate) fn settle_size(&self, state: &mut State, size: u64) -> bool {
+        state.disputed = false;
+        self.size.swap(size, Ordering::Relaxed) != size
+    }
+
+    /// Adds a source. When the images disagree about the chunk list or the length from now on, returns the reads that wait, which
+    /// have to start over; and what the kernel may have cached of the object must go.
     pub(crate) fn add_source(&self, source: Source) -> Option<Vec<Waiter>> {
         let file = source.file()?;
-        let (list, size) = (file.list, file.chunks.iter().map(|chunk| chunk.size).sum::<u64>());
+        let (list, size) = (file.list, file.size());
         let mut state = lock(&self.state);
-        let known = state.list.or_else(|| {
-            let mut lists = state
-                .sources
-                .iter()
-                .filter_map(Source::file)
-                .map(|file| file.list);
-            lists.find(|list| *list != ListId::Whole)
-        });
+        let files = || state.sources.iter().filter_map(Source::file);
+        let known = state
+            .list
+            .or_else(|| files().map(|file| file.list).find(|list| *list != ListId::Whole));
+        let known_size = files().find(|file| Some(file.list) == known).map(LayerFile::size);
         state.sources.push(source);
-        if list == ListId::Whole || state.strict || matches!(state.backing, Backing::Complete(_)) {
+        if list == ListId::Whole {
             return None;
         }
-        if known.is_none_or(|known| known == list) && size == self.size() {
+        let other_list = known.is_some_and(|known| known != list);
+        let other_size = size != self.size();
+        if let Backing::Complete(_) = state.backing {
+            // It may go again: then the lists count.
+            state.strict |= other_list || other_size;
             return None;
         }
-        state.strict = true;
-        if state.source().is_none() {
-            // The list in use is that of an image which is gone; nobody could go on with it.
+        let news = (other_list && !state.strict) || (other_size && !state.disputed);
+        state.strict |= other_list || other_size;
+        state.disputed |= other_size;
+        let shorter = other_list && known_size.is_some_and(|known| size < known);
+        // The list in use may also be that of an image which is gone; nobody could go on with it.
+        if shorter || (news && state.source().is_none()) {
+            state.turn = 0;
             state.change_list();
         }
-        Some(std::mem::take(&mut state.waiters))
+        (news || shorter).then(|| std::mem::take(&mut state.waiters))
     }
 
     /// Removes the sources of an image. Returns the reads that have to start over: those that nobody can answer any more, and

@@ -5,7 +5,8 @@
 //! reply into the fetch engine and the thread takes the next request.
 //!
 //! An object keeps its inode number for the life of the service, and names and attributes are given to the kernel for
-//! good: an overlay that has found an object here keeps pointing at that inode.
+//! good: an overlay that has found an object here keeps pointing at that inode. So a length that images disagree about is
+//! not told before it is known; the kernel asks for it again at every open, because its attributes were dropped then.
 
 use std::cell::RefCell;
 use std::collections::HashMap;
@@ -191,15 +192,25 @@ const fn inode_of(number: u32) -> u64 {
     FIRST_OBJECT + number as u64
 }
 
-fn answer_lookup(engine: &Engine, lookups: &Lookups, digest: Digest, reply: ReplyEntry) {
+fn answer_lookup(engine: &Arc<Engine>, lookups: &Lookups, digest: Digest, reply: ReplyEntry) {
     // The object is looked for under the lock that a registration ends with, so that no lookup is left behind.
     let mut waiting = lock(&lookups.0);
     match engine.table.find(&digest) {
         Some(object) => {
             drop(waiting);
             object.seen.store(true, Ordering::Release);
-            engine.looked_up(&object);
-            reply.entry(&FOREVER, &file(&object), Generation(0));
+            // An answer may wait inside the engine, so it must not keep it.
+            let of_answer = (Arc::downgrade(engine), Arc::clone(&object));
+            engine.size(&object, move |size| {
+                let (engine, object) = of_answer;
+                if let Some(engine) = engine.upgrade() {
+                    engine.looked_up(&object);
+                }
+                match size {
+                    Ok(size) => reply.entry(&FOREVER, &file(&object, size), Generation(0)),
+                    Err(error) => reply.error(Errno::from_i32(error.raw_os_error())),
+                }
+            });
         }
         None if waiting.hurry() => waiting.lookups.push((digest, reply)),
         None => {
@@ -213,13 +224,8 @@ fn directory(inode: u64) -> FileAttr {
     attributes(inode, FileType::Directory, 0o555, 0)
 }
 
-fn file(object: &Object) -> FileAttr {
-    attributes(
-        inode_of(object.number),
-        FileType::RegularFile,
-        0o444,
-        object.size(),
-    )
+fn file(object: &Object, size: u64) -> FileAttr {
+    attributes(inode_of(object.number), FileType::RegularFile, 0o444, size)
 }
 
 fn attributes(inode: u64, kind: FileType, perm: u16, size: u64) -> FileAttr {
@@ -307,7 +313,13 @@ impl Filesystem for ObjectFs {
             return;
         }
         match self.object(inode) {
-            Some(object) => reply.attr(&FOREVER, &file(&object)),
+            Some(object) => {
+                let of_answer = Arc::clone(&object);
+                self.engine.size(&object, move |size| match size {
+                    Ok(size) => reply.attr(&FOREVER, &file(&of_answer, size)),
+                    Err(error) => reply.error(Errno::from_i32(error.raw_os_error())),
+                });
+            }
             None => reply.error(Errno::ENOENT),
         }
     }
@@ -355,7 +367,8 @@ impl Filesystem for ObjectFs {
             reply.error(Errno::EIO);
             return;
         };
-        let left = object.size().saturating_sub(offset);
+        // A length that images disagree about is found out, and kept to, when the bytes are.
+        let left = object.known_size().unwrap_or(u64::MAX).saturating_sub(offset);
         let length = usize::try_from(left.min(u64::from(size))).unwrap_or(0);
         if length == 0 {
             reply.data(&[]);

@@ -87,6 +87,13 @@ impl Store {
         rustix::fs::accessat(&self.inner.objects_fd, &name, Access::EXISTS, AtFlags::empty()).is_ok()
     }
 
+    /// Length of the object in bytes, `None` when it is not complete.
+    pub fn object_size(&self, digest: &Digest) -> Option<u64> {
+        let name = Self::object_name(digest);
+        let status = rustix::fs::statat(&self.inner.objects_fd, &name, AtFlags::SYMLINK_NOFOLLOW).ok()?;
+        u64::try_from(status.st_size).ok()
+    }
+
     /// The object opened for reading, `None` when it is not complete.
     pub fn open_object(&self, digest: &Digest) -> Result<Option<File>, Error> {
         let name = Self::object_name(digest);

@@ -8,7 +8,7 @@ use super::Engine;
 use super::decode::{Job, Lane};
 use super::layer::{Layer, Position, Stream};
 use crate::lock;
-use crate::object::{Flight, Object, Presence};
+use crate::object::{Flight, Object, Presence, Waiter};
 
 /// Bytes between two streams that are cheaper to read through than to skip with a request of their own.
 const GAP_MAX: u64 = 64 << 10;
@@ -76,7 +76,7 @@ impl Drop for Claim {
             return;
         }
         let chunk = self.chunk();
-        let retry = {
+        let next = {
             let mut state = lock(&self.object.state);
             if state.generation != self.generation {
                 return;
@@ -84,12 +84,30 @@ impl Drop for Claim {
             state.flights.remove(&chunk);
             state.failures = state.failures.saturating_add(1);
             let waited_for = state.waiters.iter().any(|waiter| waiter.missing.contains(&chunk));
-            waited_for.then_some(state.failures)
+            if !waited_for {
+                Next::Nothing
+            } else if state.is_stuck() && state.turn() {
+                Next::StartOver(std::mem::take(&mut state.waiters))
+            } else {
+                Next::Retry(state.failures)
+            }
         };
-        if let Some(failures) = retry {
-            self.engine.retry(&self.object, chunk, failures);
+        match next {
+            Next::Nothing => {}
+            Next::Retry(failures) => self.engine.retry(&self.object, chunk, failures),
+            Next::StartOver(waiters) => self.engine.start_over_later(&self.object, waiters),
         }
     }
+}
+
+/// What becomes of a chunk whose claim was dropped.
+enum Next {
+    /// Nobody waits for it.
+    Nothing,
+    /// It is tried again after a pause that depends on the failures so far.
+    Retry(u32),
+    /// Another chunk list has its turn.
+    StartOver(Vec<Waiter>),
 }
 
 impl Engine {
@@ -116,7 +134,7 @@ impl Engine {
         if !matches!(presence, Presence::Missing | Presence::Unverified) {
             return Claimed::No;
         }
-        state.list = Some(file.list);
+        state.use_list(file.list);
         state.flights.insert(position.chunk, Flight::Claimed);
         let generation = state.generation;
         drop(state);

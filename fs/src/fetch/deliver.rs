@@ -3,6 +3,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Instant;
 
 use peel_store::PartialObject;
 
@@ -33,6 +34,7 @@ impl Claim {
                 return;
             }
             state.failures = 0;
+            state.progress = Some(Instant::now());
             state.wrong.remove(&chunk);
             state.flights.insert(chunk, Flight::Writing(Arc::clone(&data)));
             state.backing.clone()
@@ -121,33 +123,35 @@ impl Claim {
         engine.start_over(&object, waiters);
     }
 
-    /// The bytes that came are not the chunk's. They may have been damaged on the way once; twice is an error for the
-    /// reads that wait.
+    /// The bytes that came are not the chunk's. They may have been damaged on the way once, and another source may have good ones;
+    /// twice is an error for the reads that wait, unless images disagree and another chunk list is left to try.
     pub(super) fn wrong(self, reason: &str) {
         let chunk = self.chunk();
         let (file, digest) = match self.layer.chunk(self.position) {
             Some((file, chunk)) => (file.path.to_string(), chunk.digest.to_string()),
             None => (String::new(), String::new()),
         };
-        let (failed, again) = {
+        let (mut failed, mut over, mut again) = (Vec::new(), Vec::new(), false);
+        {
             let mut state = lock(&self.object.state);
-            if state.generation != self.generation {
-                (Vec::new(), false)
-            } else {
+            if state.generation == self.generation {
                 state.flights.remove(&chunk);
-                let waited_for = state.waiters.iter().any(|waiter| waiter.missing.contains(&chunk));
-                if waited_for && state.wrong.insert(chunk) {
-                    (Vec::new(), true)
-                } else {
+                state.failures = state.failures.saturating_add(1);
+                let waits = |waiter: &Waiter| waiter.missing.contains(&chunk);
+                if !state.waiters.iter().any(waits) {
                     state.wrong.remove(&chunk);
-                    let (failed, waiting) = std::mem::take(&mut state.waiters)
-                        .into_iter()
-                        .partition(|waiter: &Waiter| waiter.missing.contains(&chunk));
-                    state.waiters = waiting;
-                    (failed, false)
+                } else if state.wrong.insert(chunk) {
+                    again = true;
+                } else if state.wrong_turns + 1 < state.choices() && state.turn() {
+                    state.wrong_turns += 1;
+                    over = std::mem::take(&mut state.waiters);
+                } else {
+                    state.wrong_turns = 0;
+                    state.wrong.remove(&chunk);
+                    (failed, state.waiters) = std::mem::take(&mut state.waiters).into_iter().partition(waits);
                 }
             }
-        };
+        }
         if again {
             tracing::warn!(%file, layer = %self.layer.digest, chunk = %digest, reason, "a chunk is damaged; fetching it again");
         } else {
@@ -156,6 +160,7 @@ impl Claim {
         let (object, engine) = (Arc::clone(&self.object), Arc::clone(&self.engine));
         self.settle();
         fail(failed);
+        engine.start_over(&object, over);
         if again {
             engine.demand(&object, chunk);
         }
@@ -209,28 +214,24 @@ impl Engine {
         } else {
             None
         };
-        if let Some(length) = file
-            .as_ref()
-            .and_then(|file| file.metadata().ok())
-            .map(|metadata| metadata.len())
-            && length != object.size()
-        {
-            object.set_size(length);
-            if let Some(events) = self.events() {
-                events.invalidate_later(object.number);
-            }
-        }
-        let ready = {
+        let size = self.store.object_size(&object.digest);
+        let (ready, corrected) = {
             let mut state = lock(&object.state);
+            let corrected = size.is_some_and(|size| object.settle_size(&mut state, size));
             state.backing = Backing::Complete(file.map(Arc::new));
             state.flights.clear();
             state.wrong.clear();
+            state.wrong_turns = 0;
             let waiters = std::mem::take(&mut state.waiters);
-            waiters
+            let ready = waiters
                 .into_iter()
                 .map(|waiter| (waiter, Some(Snapshot::complete(&state.backing))))
-                .collect()
+                .collect();
+            (ready, corrected)
         };
+        if let (true, Some(events)) = (corrected, self.events()) {
+            events.invalidate_later(object.number);
+        }
         self.answer_all(object, ready);
         if object.seen.load(Ordering::Acquire)
             && let Some(events) = self.events()

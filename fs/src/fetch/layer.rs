@@ -61,6 +61,13 @@ pub(crate) struct LayerFile {
     pub(crate) list: ListId,
 }
 
+impl LayerFile {
+    /// Length in bytes, by its chunks.
+    pub(crate) fn size(&self) -> u64 {
+        self.chunks.iter().map(|chunk| chunk.size).sum()
+    }
+}
+
 /// One compressed stream.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Stream {

@@ -38,6 +38,11 @@ impl Snapshot {
         }
     }
 
+    /// Whether all of the object is here.
+    pub(crate) fn is_complete(&self) -> bool {
+        matches!(self.backing, Backing::Complete(_))
+    }
+
     /// Copies a range that lies inside what the snapshot was taken for; replaces what `bytes` held.
     pub(crate) fn read_into(
         &self,

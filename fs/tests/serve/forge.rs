@@ -149,9 +149,19 @@ fn lie(blob: &[u8], path: &str, digest: &Digest) -> (Vec<u8>, Digest) {
     let length = usize::try_from(location.toc_size).unwrap();
     let toc = estargz::extract_toc(&blob[end..end + length]).unwrap();
     let mut json: Value = serde_json::from_slice(&toc.json).unwrap();
-    for entry in json["entries"].as_array_mut().unwrap() {
+    let entries = json["entries"].as_array_mut().unwrap();
+    let chunks = |kind: &str| {
+        let here = |entry: &&Value| entry["name"] == path && entry["type"] == kind;
+        entries.iter().filter(here).count()
+    };
+    let alone = chunks("chunk") == 0;
+    for entry in entries.iter_mut() {
         if entry["name"] == path && entry["type"] == "reg" {
             entry["digest"] = json!(digest.to_string());
+            // The only chunk is the file, and a reader requires that they have the same digest.
+            if alone {
+                entry["chunkDigest"] = json!(digest.to_string());
+            }
         }
     }
     let json = serde_json::to_vec(&json).unwrap();

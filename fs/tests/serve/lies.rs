@@ -1,0 +1,141 @@
+//! Images whose TOCs claim files of other images, with other lengths and other chunks: the harm stays with the liar.
+
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::process::Command;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use peel_fs::Options;
+use peel_image::Digest;
+
+use crate::forge::{Forge, Forged, noise};
+use crate::registry::Registry;
+use crate::support::Host;
+
+/// Length of the honest file.
+const LENGTH: usize = 1 << 20;
+const CHUNK: u64 = 64 << 10;
+
+/// What a liar claims to be the honest file: length and chunk size. A file of one chunk is vouched for by its own digest, one of
+/// several by its TOC.
+const CLAIMS: [(usize, u64); 4] = [
+    (LENGTH / 4 + 1, CHUNK),
+    (LENGTH * 3, CHUNK),
+    (LENGTH / 4 + 1, 4 << 20),
+    (LENGTH * 3, 4 << 20),
+];
+
+/// A registry with the honest file as `good`, and what claims to be it as `evil`.
+fn registry(length: usize, chunk_size: u64) -> (Registry, Vec<u8>, Forge) {
+    let (good, evil) = (noise(1, LENGTH), noise(2, length));
+    let mut forge = Forge::new();
+    let (good_files, evil_files) = ([("file", good.as_slice())], [("file", evil.as_slice())]);
+    forge.image(
+        "good",
+        &Forged {
+            files: &good_files,
+            chunk_size: CHUNK,
+            ..Forged::default()
+        },
+    );
+    forge.image(
+        "evil",
+        &Forged {
+            files: &evil_files,
+            chunk_size,
+            lie: Some(("file", Digest::of(&good))),
+            ..Forged::default()
+        },
+    );
+    (Registry::start(forge.path()), good, forge)
+}
+
+/// The digest of a file that is read through a mapping: beyond the length that the kernel knows, that is a SIGBUS.
+fn mapped(path: &Path) -> String {
+    const PROGRAM: &str = "import hashlib, mmap, sys\n\
+        with open(sys.argv[1], 'rb') as file:\n\
+        \x20   print(hashlib.sha256(mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)).hexdigest())";
+    let output = Command::new("python3")
+        .args(["-c", PROGRAM])
+        .arg(path)
+        .output()
+        .unwrap();
+    assert!(
+        output.status.success(),
+        "{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    String::from_utf8_lossy(&output.stdout).trim().to_owned()
+}
+
+fn first_bytes(path: &Path) -> std::io::Result<Vec<u8>> {
+    let mut bytes = vec![0; 4096];
+    File::open(path)?.read_exact_at(&mut bytes, 0)?;
+    Ok(bytes)
+}
+
+#[test]
+fn a_false_length_does_not_cut_another_image_s_file() {
+    for (length, chunk_size) in CLAIMS {
+        for (touched, mapping) in [(false, true), (true, true), (true, false)] {
+            let what = format!("{length} bytes in chunks of {chunk_size}, touched: {touched}");
+            let (registry, good, _forge) = registry(length, chunk_size);
+            let host = Host::with(Options {
+                read_deadline: Duration::from_secs(10),
+            });
+            let liar = host.open(&registry.image("evil"));
+            if touched {
+                // The kernel learns the length that the liar says. Its bytes are answered until all of them are found false.
+                drop(first_bytes(&liar.path("file")));
+            }
+            let honest = host.open(&registry.image("good"));
+            if mapping {
+                assert_eq!(mapped(&honest.path("file")), Digest::of(&good).hex(), "{what}");
+            }
+            assert!(fs::read(honest.path("file")).unwrap() == good, "{what}");
+        }
+    }
+}
+
+#[test]
+fn a_false_length_that_comes_later_changes_nothing() {
+    for (length, chunk_size) in CLAIMS {
+        let what = format!("{length} bytes in chunks of {chunk_size}");
+        let (registry, good, _forge) = registry(length, chunk_size);
+        let host = Host::with(Options {
+            read_deadline: Duration::from_secs(10),
+        });
+        let honest = host.open(&registry.image("good"));
+        let open = File::open(honest.path("file")).unwrap();
+        assert!(
+            first_bytes(&honest.path("file")).unwrap() == good[..4096],
+            "{what}"
+        );
+        let liar = host.open(&registry.image("evil"));
+        let mut rest = vec![0; LENGTH - 4096];
+        open.read_exact_at(&mut rest, 4096).unwrap();
+        assert!(rest == good[4096..], "{what}: in a file that was open");
+        assert_eq!(mapped(&honest.path("file")), Digest::of(&good).hex(), "{what}");
+        drop(liar);
+    }
+}
+
+#[test]
+fn a_liar_whose_bytes_never_come_does_not_hold_the_honest_image_up() {
+    for (length, chunk_size) in CLAIMS {
+        let what = format!("{length} bytes in chunks of {chunk_size}");
+        let (away, _, _forge) = registry(length, chunk_size);
+        let (near, good, _near) = registry(length, chunk_size);
+        let host = Host::with(Options {
+            read_deadline: Duration::from_secs(20),
+        });
+        let liar = host.open(&away.image("evil"));
+        drop(first_bytes(&liar.path("file")));
+        away.behaviour.down.store(true, Ordering::SeqCst);
+        let honest = host.open(&near.image("good"));
+        assert!(fs::read(honest.path("file")).unwrap() == good, "{what}");
+        drop(liar);
+    }
+}
