@@ -4,6 +4,7 @@
 //! Flags that `docker`, `podman` or `ctr-remote` have too carry the same names and meanings here.
 
 mod convert;
+pub mod elsewhere;
 mod run;
 
 use std::ffi::OsString;

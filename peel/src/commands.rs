@@ -25,7 +25,7 @@ use clap::Parser;
 use peel_fs::PullPolicy;
 use peel_registry::{ClientOptions, ImageName};
 
-use crate::cli::{Cli, Command, Global, LoadArgs, Pull, Verify};
+use crate::cli::{Cli, Command, Global, LoadArgs, Pull, Verify, elsewhere};
 use crate::describe::describe;
 use crate::logging;
 use crate::protocol::MountRequest;
@@ -40,6 +40,9 @@ pub fn main() -> ExitCode {
         Err(error) => {
             // Help and versions go to standard output and are no failure.
             let _ = error.print();
+            if let Some(instead) = elsewhere::instead(&error) {
+                let _ = writeln!(std::io::stderr(), "\n{instead}");
+            }
             let failed = error.use_stderr();
             return match (failed, asks_to_run(std::env::args_os())) {
                 (false, _) => ExitCode::SUCCESS,

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use clap::{Args, ValueEnum, ValueHint};
 
-use super::{NAMES, ProcessArgs, PullArgs};
+use super::{NAMES, ProcessArgs, PullArgs, elsewhere};
 
 /// Largest `--*-chunk-size`, in bytes: the writer's.
 const CHUNK_MAX: u64 = peel_image::write::MAX_CHUNK_SIZE;
@@ -80,17 +80,7 @@ pub struct ReuseArgs {
 
 /// `peel convert`
 #[derive(Debug, Args)]
-#[command(
-    after_help = NAMES,
-    after_long_help = "One of --estargz, --zstdchunked, --gzip, --zstd and --uncompress says what is written. The last three go back to \
-        ordinary layers; zstd:chunked in Podman's dialect and eStargz with --estargz-keep-diff-id kept the layers' bytes, so \
-        those get their old DiffIDs again.\n\nPrints the digest of what TARGET names then, and `extra image: NAME` for an \
-        image beside it.\n\nImage names:\n  \
-        [docker://]REGISTRY/REPOSITORY[:TAG][@DIGEST]   in a registry; short names mean docker.io\n  \
-        oci:DIR[:TAG]                                   in an OCI image layout\n  \
-        oci-archive:FILE[:TAG]                          in a tar file of such a layout\n  \
-        docker-archive:FILE[:NAME:TAG]                  in a tar file that `docker save` wrote"
-)]
+#[command(after_help = NAMES, after_long_help = convert_help())]
 pub struct ConvertArgs {
     /// The lazy formats.
     #[command(flatten)]
@@ -134,9 +124,25 @@ pub struct ConvertArgs {
     pub target: String,
 }
 
+/// What follows the flags in the long help of `peel convert`.
+fn convert_help() -> String {
+    format!(
+        "One of --estargz, --zstdchunked, --gzip, --zstd and --uncompress says what is written. The last three go back to \
+         ordinary layers; zstd:chunked in Podman's dialect and eStargz with --estargz-keep-diff-id kept the layers' bytes, so \
+         those get their old DiffIDs again.\n\nPrints the digest of what TARGET names then, and `extra image: NAME` for an \
+         image beside it.\n\n{}\n\n{NAMES}",
+        elsewhere::help()
+    )
+}
+
+/// What follows the flags in the long help of `peel optimize`.
+fn optimize_help() -> String {
+    format!("{}\n\n{NAMES}", elsewhere::help())
+}
+
 /// `peel optimize`
 #[derive(Debug, Args)]
-#[command(after_help = NAMES)]
+#[command(after_help = NAMES, after_long_help = optimize_help())]
 pub struct OptimizeArgs {
     /// Seconds to watch the container for, it is killed then [default: 10, or 300 with --wait-on-line]
     #[arg(long, value_name = "SECONDS", conflicts_with = "wait_on_signal")]

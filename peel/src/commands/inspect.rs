@@ -256,14 +256,13 @@ fn print(report: &Report) -> std::io::Result<()> {
         let on = |when: &Option<String>| when.as_ref().map_or(String::new(), |when| format!(" on {when}"));
         match &layer.check {
             Check::NotYet => writeln!(out, "  checked:  not as a whole yet")?,
-            Check::Verified { when, blob: true } => {
-                writeln!(out, "  checked:  right as a whole{}", on(when))?
+            Check::Verified { when, blob } => {
+                let how = match blob {
+                    true => "",
+                    false => ", by its files and tar headers (the blob was not hashed)",
+                };
+                writeln!(out, "  checked:  right as a whole{}{how}", on(when))?;
             }
-            Check::Verified { when, blob: false } => writeln!(
-                out,
-                "  checked:  right as a whole{}, by its files and tar headers (the blob was not hashed)",
-                on(when)
-            )?,
             Check::Failed { when, fault } => {
                 writeln!(
                     out,
