@@ -32,6 +32,7 @@ use crate::fetch::layer::Layer;
 use crate::fetch::prefetch::Segment;
 use crate::service::{Image, Shared, Sources};
 use crate::{LayerReport, LoadRequest, Progress, PullPolicy, verify};
+use known::Care;
 use layer::{Found, Indexed, LayerLoader};
 pub(crate) use whole::{PullFailure, inspect};
 
@@ -145,11 +146,15 @@ pub(crate) fn load(
     };
     if !ask {
         // Where files may be missing, an image that lacks some is looked up again rather than served with holes.
-        let thorough = request.pull == PullPolicy::Missing && shared.engine.store.has_lost_objects();
+        let care = match request.pull {
+            PullPolicy::Never => Care::Mountable,
+            _ if shared.engine.store.has_lost_objects() => Care::Thorough,
+            _ => Care::Readable,
+        };
         if let Some(manifest) = shared.engine.store.name(&job.store_name())? {
             let outcome = match job.live(&manifest) {
                 Some(outcome) => Some(outcome),
-                None => known::load(&job, &manifest, thorough)?.map(|loaded| job.new_image(loaded)),
+                None => known::load(&job, &manifest, care)?.map(|loaded| job.new_image(loaded)),
             };
             if let Some(outcome) = outcome {
                 progress(outcome.resolved());
@@ -166,7 +171,8 @@ pub(crate) fn load(
         }
     }
     let engine = Arc::clone(&shared.engine);
-    let outcome = engine.handle().block_on(async move {
+    let known_job = job.clone();
+    let loaded = engine.handle().block_on(async move {
         // Progress is told from the caller's thread: its closure need not outlive this call.
         let (sender, mut receiver) = mpsc::channel(64);
         let work = tokio::spawn(resolve(job, sender));
@@ -174,9 +180,30 @@ pub(crate) fn load(
             progress(step);
         }
         work.await.map_err(|_| Error::Stopping)?
-    })?;
+    });
+    let outcome = match loaded {
+        // Files that are here can be read without what the registry was asked for.
+        Err(error @ Error::Registry { .. }) if !ask && !engine.store.has_lost_objects() => {
+            let outcome = mountable(&known_job)?.ok_or(error)?;
+            progress(outcome.resolved());
+            outcome
+        }
+        loaded => loaded?,
+    };
     progress(Progress::Indexed);
     Ok(outcome)
+}
+
+/// The image that the name meant, if it can be mounted, whatever else is lost.
+fn mountable(job: &Job) -> Result<Option<Outcome>, Error> {
+    let Some(manifest) = job.shared.engine.store.name(&job.store_name())? else {
+        return Ok(None);
+    };
+    let loaded = known::load(job, &manifest, Care::Mountable)?;
+    if loaded.is_some() {
+        tracing::warn!(image = %job.image, "the registry cannot be asked for what the store has lost; missing files cannot be read");
+    }
+    Ok(loaded.map(|loaded| job.new_image(loaded)))
 }
 
 impl Outcome {
@@ -216,7 +243,8 @@ async fn resolve(job: Job, progress: mpsc::Sender<Progress>) -> Result<Outcome, 
         let (job, manifest) = (job.clone(), image.manifest_digest);
         blocking(move || match job.live(&manifest) {
             Some(outcome) => Ok(Some(outcome)),
-            None => known::load(&job, &manifest, true).map(|known| known.map(|loaded| job.new_image(loaded))),
+            None => known::load(&job, &manifest, Care::Thorough)
+                .map(|known| known.map(|loaded| job.new_image(loaded))),
         })
         .await??
     };

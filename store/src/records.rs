@@ -70,6 +70,13 @@ struct Header {
 
 const _: () = assert!(size_of::<Header>() == 24);
 
+impl Header {
+    /// Whether it is one of this version, of a payload of so many bytes.
+    fn is_of(&self, payload: u64) -> bool {
+        self.magic == MAGIC && self.version.get() == VERSION && self.length.get() == payload
+    }
+}
+
 impl Store {
     /// Keeps an image, so that it can be mounted again offline.
     pub fn put_image(&self, record: &ImageRecord) -> Result<(), Error> {
@@ -107,6 +114,28 @@ impl Store {
     /// The index of a layer, if it is kept.
     pub fn layer(&self, blob: &Digest) -> Result<Option<LayerIndex>, Error> {
         self.record(&self.record_path("layers", blob))
+    }
+
+    /// Whether the index of a layer is kept, as far as its header tells: [`Store::layer`] reads all of it and may still find it
+    /// damaged. An unusable one is removed.
+    pub fn has_layer(&self, blob: &Digest) -> bool {
+        let path = self.record_path("layers", blob);
+        let mut header = [0; size_of::<Header>()];
+        let looked = File::open(&path).and_then(|mut file| {
+            file.read_exact(&mut header)?;
+            Ok(file.metadata()?.len())
+        });
+        let problem = match looked {
+            Ok(length) => match Header::read_from_bytes(&header) {
+                Ok(header) if header.is_of(length.saturating_sub(size_of::<Header>() as u64)) => return true,
+                _ => "its header is wrong",
+            },
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return false,
+            Err(_) => "it cannot be read",
+        };
+        tracing::warn!(?path, problem, "removing an unusable record");
+        remove_quietly(&path);
+        false
     }
 
     /// Keeps what the check of a whole layer came to. `subject` must name everything that was compared: a verdict holds for

@@ -7,21 +7,33 @@ use std::time::Duration;
 use oci_spec::image::{Descriptor, ImageManifest};
 use peel_image::Digest;
 use peel_image::layer::{EntryKind, LayerIndex};
-use peel_registry::{Blob, Source};
+use peel_registry::{Blob, Source, TocImage};
 use peel_store::{ImageRecord, Store};
 
-use super::{Job, Loaded, diff_ids, order, prefetch_order, start_prefetch};
+use super::layer::read_toc;
+use super::{Job, Loaded, candidate, diff_ids, order, prefetch_order, start_prefetch};
 use crate::error::Error;
 use crate::fetch::Engine;
 use crate::fetch::layer::Layer;
 use crate::object_fs::Registration;
 use crate::service::Sources;
 use crate::verify::Subject;
-use crate::{LayerReport, LoadRequest};
+use crate::{LayerReport, LoadRequest, PullPolicy};
 
 /// How long the indexes of a known image are left alone while no read needs them. Reading them costs some ten milliseconds
 /// of one core, which a start from a full store has better use for.
 const PATIENCE: Duration = Duration::from_secs(3);
+
+/// How closely an image is looked at before it counts as known.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Care {
+    /// It can be mounted; nobody may be asked for what else is missing.
+    Mountable,
+    /// The indexes of its lazy layers are there too.
+    Readable,
+    /// Every file of its whole layers is there too.
+    Thorough,
+}
 
 /// Keeps what the next load of the image needs. The name comes last: it makes the rest count.
 pub(super) fn keep(
@@ -39,10 +51,10 @@ pub(super) fn keep(
 }
 
 /// The image of that manifest, if the store has all that is needed to mount it. Its layers become available in the
-/// background; lookups of objects wait for that. With `thorough`, an image whose whole layers have lost a file does not
-/// count as known: there is a registry to pull them from again. An image that is asked for whole is known only if every layer
+/// background; lookups of objects wait for that. What `care` asks for and is not there makes the image unknown: there is a
+/// registry to get it from again. An image that is asked for whole is known only if every layer
 /// was verified whole and is here; one with a layer that was found wrong is an error.
-pub(super) fn load(job: &Job, manifest: &Digest, thorough: bool) -> Result<Option<Loaded>, Error> {
+pub(super) fn load(job: &Job, manifest: &Digest, care: Care) -> Result<Option<Loaded>, Error> {
     let store = &job.shared.engine.store;
     let (Some(record), Some(erofs)) = (store.image(manifest)?, store.erofs_image(manifest)) else {
         return Ok(None);
@@ -87,11 +99,15 @@ pub(super) fn load(job: &Job, manifest: &Digest, thorough: bool) -> Result<Optio
     if reports.len() != parsed.layers().len() {
         return Ok(None);
     }
-    if thorough {
-        for (report, key) in reports.iter().zip(&record.layers) {
-            if report.not_lazy.is_some() && !store.layer(key)?.is_some_and(|index| is_here(store, &index)) {
-                return Ok(None);
-            }
+    for (report, key) in reports.iter().zip(&record.layers) {
+        let here = match (care, &report.not_lazy) {
+            (Care::Mountable, _) | (Care::Readable, Some(_)) => true,
+            (Care::Readable | Care::Thorough, None) => store.has_layer(key),
+            (Care::Thorough, Some(_)) => store.layer(key)?.is_some_and(|index| is_here(store, &index)),
+        };
+        if !here {
+            tracing::info!(image = %job.image, layer = %report.digest, "the store has lost something of this layer");
+            return Ok(None);
         }
     }
     register(job, &parsed, &record)?;
@@ -179,17 +195,20 @@ impl Deferred {
             }
         };
         self.engine.count(source.counters());
+        let beside = TocImage::new(&source, self.request.platform.as_deref());
         let indexes: Vec<Option<(LayerIndex, Blob)>> = self
             .layers
             .iter()
-            .map(|(descriptor, key)| match self.index(&source, descriptor, key) {
-                Ok(found) => Some(found),
-                Err(reason) => {
-                    let layer = descriptor.digest();
-                    tracing::warn!(%image, %layer, reason, "missing files of this layer cannot be read");
-                    None
-                }
-            })
+            .map(
+                |(descriptor, key)| match self.index(&source, &beside, descriptor, key) {
+                    Ok(found) => Some(found),
+                    Err(reason) => {
+                        let layer = descriptor.digest();
+                        tracing::warn!(%image, %layer, reason, "missing files of this layer cannot be read");
+                        None
+                    }
+                },
+            )
             .collect();
         let profiled = indexes
             .iter()
@@ -219,12 +238,31 @@ impl Deferred {
     fn index(
         &self,
         source: &Source,
+        beside: &TocImage,
         descriptor: &Descriptor,
         key: &Digest,
     ) -> Result<(LayerIndex, Blob), String> {
-        let index = self.engine.store.layer(key).map_err(|error| error.to_string())?;
-        let index = index.ok_or("its index is not in the store")?;
+        let store = &self.engine.store;
         let blob = source.blob(descriptor).map_err(|error| error.to_string())?;
+        if let Some(index) = store.layer(key).map_err(|error| error.to_string())? {
+            return Ok((index, blob));
+        }
+        let candidate = candidate(descriptor);
+        if self.request.pull == PullPolicy::Never || candidate.key(&blob.digest()) != *key {
+            return Err("its index is not in the store".to_owned());
+        }
+        // A damaged record shows only now, after the mount.
+        tracing::warn!(image = %self.image, layer = %blob.digest(), "the index of this layer is damaged; fetching its TOC again");
+        let read = read_toc(&self.image, &blob, Box::new(candidate), beside, || {});
+        let index = self
+            .engine
+            .handle()
+            .block_on(read)
+            .map_err(|error| error.to_string())?
+            .map_err(|reason| reason.to_string())?;
+        if let Err(error) = store.put_layer(key, &index) {
+            tracing::warn!(image = %self.image, %error, "the index of a layer was not kept");
+        }
         Ok((index, blob))
     }
 

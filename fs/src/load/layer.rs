@@ -5,7 +5,7 @@ use std::sync::Arc;
 use oci_spec::image::Descriptor;
 use peel_image::Digest;
 use peel_image::layer::LayerIndex;
-use peel_image::lazy::Candidate;
+use peel_image::lazy::{Candidate, NotLazy};
 use peel_registry::{Blob, Source, TocBytes, TocImage, fetch_toc};
 use peel_store::LayerVerdict;
 use tokio::sync::{Semaphore, mpsc};
@@ -96,6 +96,35 @@ impl Metadata {
     }
 }
 
+/// Fetches and reads the TOC of a layer of `image`; the inner error means that it has none that can be used. `fetched` is called in
+/// between.
+pub(super) async fn read_toc(
+    image: &str,
+    blob: &Blob,
+    candidate: Box<Candidate>,
+    beside: &TocImage,
+    fetched: impl FnOnce(),
+) -> Result<Result<LayerIndex, NotLazy>, Error> {
+    let toc = fetch_toc(blob, &candidate, beside)
+        .await
+        .map_err(|source| Error::Registry {
+            image: image.to_owned(),
+            source: Box::new(source),
+        })?;
+    fetched();
+    let (located, bytes) = match toc {
+        Ok(TocBytes {
+            located,
+            bytes: Ok(bytes),
+        }) => (located, bytes),
+        Ok(TocBytes {
+            bytes: Err(reason), ..
+        })
+        | Err(reason) => return Ok(Err(reason)),
+    };
+    blocking(move || candidate.read(&located, &bytes)).await
+}
+
 /// Loads layers. Cheap to clone.
 #[derive(Debug, Clone)]
 pub(super) struct LayerLoader {
@@ -144,20 +173,7 @@ impl LayerLoader {
             Found::Kept { blob, key, index } => return Ok(Metadata::lazy(blob, key, *index)),
             Found::Toc { blob, candidate, key } => (blob, candidate, key),
         };
-        let fetched = fetch_toc(&blob, &candidate, &self.beside)
-            .await
-            .map_err(|error| self.job.registry_error(error))?;
-        drop(brake);
-        let read = match fetched {
-            Ok(TocBytes {
-                located,
-                bytes: Ok(bytes),
-            }) => blocking(move || candidate.read(&located, &bytes)).await?,
-            Ok(TocBytes {
-                bytes: Err(reason), ..
-            })
-            | Err(reason) => Err(reason),
-        };
+        let read = read_toc(&self.job.image, &blob, candidate, &self.beside, || drop(brake)).await?;
         Ok(match read {
             Ok(index) => {
                 tracing::debug!(layer = %blob.digest(), entries = index.entries.len(), "TOC read");
