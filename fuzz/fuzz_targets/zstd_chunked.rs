@@ -45,7 +45,7 @@ fuzz_target!(|data: &[u8]| {
     match way % 5 {
         0 => index(rest, Dialect::Podman),
         1 => index(rest, Dialect::Stargz),
-        2 => drop(decompress_toc(rest)),
+        2 => drop(decompress_toc(rest, Some(4096))),
         3 => layer(rest),
         _ => {
             if let Some(position) = std::str::from_utf8(rest).ok().and_then(Position::parse) {

@@ -329,9 +329,34 @@ fn new_decompressor() -> Option<zstd::bulk::Decompressor<'static>> {
     Some(decompressor)
 }
 
-/// Uncompresses all of `data`: any number of zstd frames, at most `limit` bytes.
-pub fn decompress_zstd(data: &[u8], limit: u64) -> Result<Vec<u8>, CompressionError> {
+/// Whether `data` is one frame with a window that is allowed, which libzstd checks only where it needs memory for one (RFC 8878,
+/// section 3.1.1.1).
+fn is_modest_frame(data: &[u8]) -> bool {
+    let &[0x28, 0xb5, 0x2f, 0xfd, descriptor, window, ..] = data else {
+        return false;
+    };
+    let window = if descriptor & 0x20 != 0 {
+        // Without a window descriptor, all of the content is the window.
+        zstd::zstd_safe::get_frame_content_size(data).ok().flatten()
+    } else {
+        let base = 1_u64 << (10 + (window >> 3));
+        Some(base + base / 8 * u64::from(window & 7))
+    };
+    window.is_some_and(|window| window <= 1 << ZSTD_WINDOW_LOG_MAX)
+        && zstd::zstd_safe::find_frame_compressed_size(data) == Ok(data.len())
+}
+
+/// Uncompresses all of `data`: any number of zstd frames, at most `limit` bytes. `size_hint` saves memory and time where the
+/// caller knows how long the output is.
+pub fn decompress_zstd(data: &[u8], size_hint: Option<u64>, limit: u64) -> Result<Vec<u8>, CompressionError> {
     let encoding = Encoding::Zstd;
+    let capacity = size_hint.filter(|size| *size <= limit && is_modest_frame(data));
+    if let Some(capacity) = capacity.and_then(|size| usize::try_from(size).ok())
+        && let Some(mut decompressor) = new_decompressor()
+        && let Ok(output) = decompressor.decompress(data, capacity)
+    {
+        return Ok(output);
+    }
     let damaged = |source| CompressionError::damaged(encoding, source);
     let mut output = Vec::new();
     let stream = zstd_decoder(data).map_err(damaged)?;
@@ -487,14 +512,16 @@ mod tests {
         // RFC 8878, section 3.1.1: no single segment, window 1 << log, one raw block of one byte.
         let frame = |log: u8| vec![0x28, 0xb5, 0x2f, 0xfd, 0, (log - 10) << 3, 0x09, 0, 0, b'x'];
         assert_eq!(decode(frame(27), Guard::default()).unwrap().1, b"x");
-        assert_eq!(decompress_zstd(&frame(27), 1).unwrap(), b"x");
+        for hint in [None, Some(1)] {
+            assert_eq!(decompress_zstd(&frame(27), hint, 1).unwrap(), b"x");
+            let error = decompress_zstd(&frame(28), hint, 1).unwrap_err();
+            assert!(matches!(error, CompressionError::Window), "{hint:?}: {error}");
+        }
         let error = decode(frame(28), Guard::default()).unwrap_err();
         assert!(
             error.to_string().contains("a window of more than 128 MiB"),
             "{error}"
         );
-        let error = decompress_zstd(&frame(28), 1).unwrap_err();
-        assert!(matches!(error, CompressionError::Window), "{error}");
     }
 
     #[test]
@@ -519,6 +546,31 @@ mod tests {
         assert!(inflate_member(&member[..member.len() - 9], None, 1 << 20).is_err());
         assert!(inflate_member(b"", None, 10).is_err());
         assert_eq!(inflate_member(&gzip(b""), None, 0).unwrap(), b"");
+    }
+
+    #[test]
+    fn frames_are_uncompressed_with_and_without_a_hint() {
+        let data = vec![b'x'; 100_000];
+        let (head, tail) = data.split_at(70_000);
+        let (whole, known) = (zstd(&data), zstd::bulk::compress(&data, 3).unwrap());
+        let pieces = [zstd(head), skippable(b"between"), zstd(tail)].concat();
+        assert!(is_modest_frame(&whole) && is_modest_frame(&known) && !is_modest_frame(&pieces));
+        for input in [whole, known, pieces] {
+            for hint in [
+                None,
+                Some(0),
+                Some(99_999),
+                Some(100_000),
+                Some(200_000),
+                Some(u64::MAX),
+            ] {
+                assert_eq!(decompress_zstd(&input, hint, 100_000).unwrap(), data, "{hint:?}");
+                let error = decompress_zstd(&input, hint, 99_999).unwrap_err();
+                assert!(matches!(error, CompressionError::TooLarge { .. }), "{error}");
+                assert!(decompress_zstd(&input[..input.len() - 1], hint, 100_000).is_err());
+            }
+        }
+        assert!(decompress_zstd(b"", Some(5), 10).is_err() && decompress_zstd(b"", None, 10).is_err());
     }
 
     #[test]

@@ -32,6 +32,8 @@ pub use reason::NotLazy;
 
 use crate::digest::Digest;
 use crate::estargz;
+use crate::estargz::index::Rules;
+use crate::estargz::toc::{Json, extract_json};
 use crate::layer::{ChunkSource, EntryKind, LayerIndex};
 use crate::zstd_chunked::{self, Dialect};
 
@@ -120,6 +122,8 @@ pub struct Located {
     pub origin: Origin,
     /// The compressed TOC in the blob; `None` where it is in the image beside.
     pub toc: Option<Range<u64>>,
+    /// Length of the TOC's JSON in bytes, where something tells it. A hint.
+    pub json_size: Option<u64>,
     /// End of the files' bytes in the blob.
     pub payload_end: u64,
 }
@@ -138,23 +142,30 @@ pub struct Toc {
 impl Located {
     /// Takes a TOC out of its compression.
     pub fn open(&self, compressed: &[u8]) -> Result<Toc, NotLazy> {
-        let compressed_digest = Digest::of(compressed);
-        let (json, json_digest) = match self.format {
-            Format::ZstdChunked(_) => {
-                let json = zstd_chunked::decompress_toc(compressed).map_err(NotLazy::toc)?;
-                let digest = Digest::of(&json);
-                (json, digest)
-            }
-            _ => {
-                let toc = estargz::extract_toc(compressed).map_err(NotLazy::toc)?;
-                (toc.json, toc.digest)
-            }
-        };
+        let json = self.decompress(compressed)?;
         Ok(Toc {
-            json,
-            json_digest,
-            compressed_digest,
+            json_digest: Digest::of(json.as_bytes()),
+            json: json.into_bytes(),
+            compressed_digest: Digest::of(compressed),
         })
+    }
+
+    fn decompress(&self, compressed: &[u8]) -> Result<Json, NotLazy> {
+        match self.format {
+            Format::ZstdChunked(_) => {
+                zstd_chunked::decompress_toc(compressed, self.json_size).map(Json::from)
+            }
+            _ => extract_json(compressed),
+        }
+        .map_err(NotLazy::toc)
+    }
+
+    /// What the format allows in a TOC.
+    fn rules(&self) -> Rules {
+        match self.format {
+            Format::ZstdChunked(dialect) => zstd_chunked::rules(self.payload_end, dialect),
+            _ => estargz::index::rules(self.payload_end),
+        }
     }
 }
 

@@ -60,7 +60,7 @@ pub struct Position {
     pub offset: u64,
     /// Compressed length in bytes.
     pub compressed_size: u64,
-    /// Uncompressed length in bytes, as the writer says.
+    /// Uncompressed length in bytes, as the writer says. A hint.
     pub size: u64,
 }
 
@@ -112,12 +112,13 @@ impl fmt::Display for Position {
 }
 
 /// The JSON of a TOC from its compressed bytes: any number of frames, at most [`TOC_JSON_MAX`] bytes of JSON.
-pub fn decompress_toc(compressed: &[u8]) -> Result<Vec<u8>, TocError> {
+/// `size_hint`, the length of the JSON as [`Position::size`] tells it, saves memory and time where it is right.
+pub fn decompress_toc(compressed: &[u8], size_hint: Option<u64>) -> Result<Vec<u8>, TocError> {
     let length = u64::try_from(compressed.len()).unwrap_or(u64::MAX);
     if length > TOC_MEMBER_MAX {
         return Err(TocError::MemberTooLarge(length));
     }
-    decompress_zstd(compressed, TOC_JSON_MAX).map_err(|error| match error {
+    decompress_zstd(compressed, size_hint, TOC_JSON_MAX).map_err(|error| match error {
         CompressionError::TooLarge { .. } => TocError::TooLarge(TOC_JSON_MAX + 1),
         error => TocError::Zstd(error),
     })
@@ -128,15 +129,17 @@ pub fn decompress_toc(compressed: &[u8]) -> Result<Vec<u8>, TocError> {
 /// What holds afterwards is what [`crate::estargz::read_index`] promises, with two differences: files may lie in the blob in
 /// another order than in the TOC, and several may share their bytes. Where files' bytes overlap in part, the TOC is refused.
 pub fn read_index(json: &[u8], payload_end: u64, dialect: Dialect) -> Result<LayerIndex, TocError> {
-    read_index_by(
-        json,
-        &Rules {
-            encoding: Encoding::Zstd,
-            payload_end,
-            landmarks: dialect == Dialect::Stargz,
-            any_order: true,
-        },
-    )
+    read_index_by(json, &rules(payload_end, dialect))
+}
+
+/// What the dialects allow.
+pub(crate) fn rules(payload_end: u64, dialect: Dialect) -> Rules {
+    Rules {
+        encoding: Encoding::Zstd,
+        payload_end,
+        landmarks: dialect == Dialect::Stargz,
+        any_order: true,
+    }
 }
 
 #[cfg(test)]

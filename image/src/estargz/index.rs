@@ -7,14 +7,21 @@
 //! file's digest. No name holds U+FFFD: JSON has no bytes that are not UTF-8, so that character stands for a name which
 //! the TOC cannot tell.
 //!
-//! * [`whole`]: the JSON from its beginning to its end. * [`record`]: one entry by itself. * [`build`]: entries to an index.
+//! * [`parts`]: the usual TOC, quickly, on several threads. * [`scan`]: the usual entry, quickly.
+//! * [`whole`]: any JSON from its beginning to its end, and what is wrong with it.
+//! * [`record`]: one entry by itself. * [`build`]: entries to an index.
 
 mod build;
+mod parts;
 mod record;
+mod scan;
 mod whole;
+
+use parts::Plan;
 
 use super::TOC_JSON_MAX;
 use super::toc::TocError;
+use crate::digest::Digest;
 use crate::layer::{Encoding, LayerIndex};
 
 /// Most entries, chunks and extended attributes of one layer, counted together. The largest layers of public images have a
@@ -26,15 +33,17 @@ pub const RECORDS_MAX: usize = 2_000_000;
 /// The landmarks are left out of the entries; a file whose chunks cannot be verified one by one (several chunks, but no
 /// digests of them) is listed without chunks.
 pub fn read_index(json: &[u8], payload_end: u64) -> Result<LayerIndex, TocError> {
-    read_index_by(
-        json,
-        &Rules {
-            encoding: Encoding::Gzip,
-            payload_end,
-            landmarks: true,
-            any_order: false,
-        },
-    )
+    read_index_by(json, &rules(payload_end))
+}
+
+/// What eStargz and stargz allow.
+pub(crate) fn rules(payload_end: u64) -> Rules {
+    Rules {
+        encoding: Encoding::Gzip,
+        payload_end,
+        landmarks: true,
+        any_order: false,
+    }
 }
 
 /// What a format allows in its TOC.
@@ -52,11 +61,39 @@ pub(crate) struct Rules {
 
 /// As [`read_index`], by the rules of a format.
 pub(crate) fn read_index_by(json: &[u8], rules: &Rules) -> Result<LayerIndex, TocError> {
-    let length = u64::try_from(json.len()).unwrap_or(u64::MAX);
-    if length > TOC_JSON_MAX {
-        return Err(TocError::TooLarge(length));
+    check_length(json)?;
+    let (index, _) = parts::read(json, rules, Plan::new(json.len(), false));
+    index.map_or_else(|| whole::read(json, rules), Ok)
+}
+
+/// Why a TOC that somebody vouches for cannot be used.
+#[derive(Debug)]
+pub(crate) enum Unusable {
+    /// It is another one: this is the sha256 of its JSON.
+    Other(Digest),
+    /// What is wrong with the right one.
+    Toc(TocError),
+}
+
+/// As [`read_index_by`], of a TOC whose JSON must have this sha256. It is read and hashed at the same time, but nothing of what was
+/// read, not even an error, gets out if the digest is another.
+pub(crate) fn read_verified(json: &[u8], rules: &Rules, expected: Digest) -> Result<LayerIndex, Unusable> {
+    check_length(json).map_err(Unusable::Toc)?;
+    let (index, found) = parts::read(json, rules, Plan::new(json.len(), true));
+    let found = found.unwrap_or_else(|| Digest::of(json));
+    if found != expected {
+        return Err(Unusable::Other(found));
     }
-    whole::read(json, rules)
+    index
+        .map_or_else(|| whole::read(json, rules), Ok)
+        .map_err(Unusable::Toc)
+}
+
+fn check_length(json: &[u8]) -> Result<(), TocError> {
+    match u64::try_from(json.len()) {
+        Ok(length) if length <= TOC_JSON_MAX => Ok(()),
+        length => Err(TocError::TooLarge(length.unwrap_or(u64::MAX))),
+    }
 }
 
 #[cfg(test)]

@@ -5,6 +5,7 @@
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
+use std::ops::Range;
 
 use serde::{Deserialize, Serialize};
 
@@ -157,8 +158,44 @@ fn is_zero(number: &i64) -> bool {
     *number == 0
 }
 
+/// The JSON of a TOC and whatever else was uncompressed with it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Json {
+    data: Vec<u8>,
+    range: Range<usize>,
+}
+
+impl Json {
+    /// The JSON alone.
+    pub(crate) fn as_bytes(&self) -> &[u8] {
+        self.data.get(self.range.clone()).unwrap_or_default()
+    }
+
+    /// The JSON alone. Moves its bytes to the beginning of what was uncompressed, if they are not there.
+    pub(crate) fn into_bytes(mut self) -> Vec<u8> {
+        self.data.truncate(self.range.end);
+        self.data.drain(..self.range.start.min(self.data.len()));
+        self.data
+    }
+}
+
+impl From<Vec<u8>> for Json {
+    fn from(data: Vec<u8>) -> Self {
+        let range = 0..data.len();
+        Self { data, range }
+    }
+}
+
 /// Takes the TOC out of its gzip member: the blob's bytes from the TOC's offset up to the footer.
 pub fn extract_toc(member: &[u8]) -> Result<TocBytes, TocError> {
+    let json = extract_json(member)?;
+    let digest = Digest::of(json.as_bytes());
+    let json = json.into_bytes();
+    Ok(TocBytes { json, digest })
+}
+
+/// As [`extract_toc`], without the digest.
+pub(crate) fn extract_json(member: &[u8]) -> Result<Json, TocError> {
     let length = u64::try_from(member.len()).unwrap_or(u64::MAX);
     if length > TOC_MEMBER_MAX {
         return Err(TocError::MemberTooLarge(length));
@@ -167,7 +204,7 @@ pub fn extract_toc(member: &[u8]) -> Result<TocBytes, TocError> {
         .last_chunk()
         .map(|size| u64::from(u32::from_le_bytes(*size)));
     let limit = TOC_JSON_MAX + HEADERS_MAX;
-    let mut data = inflate_member(member, hint, limit).map_err(TocError::Gzip)?;
+    let data = inflate_member(member, hint, limit).map_err(TocError::Gzip)?;
     let mut stream = tar::Reader::new(data.as_slice());
     let entry = stream.next_entry()?.ok_or(TocError::Missing)?;
     let TarKind::Regular { size } = entry.kind else {
@@ -183,13 +220,9 @@ pub fn extract_toc(member: &[u8]) -> Result<TocBytes, TocError> {
     let end = usize::try_from(size)
         .ok()
         .and_then(|size| start.checked_add(size));
-    if end.is_none_or(|end| end > data.len()) {
-        return Err(TocError::Truncated);
-    }
-    data.truncate(end.unwrap_or(0));
-    data.drain(..start);
-    let digest = Digest::of(&data);
-    Ok(TocBytes { json: data, digest })
+    let end = end.filter(|end| *end <= data.len()).ok_or(TocError::Truncated)?;
+    let range = start..end;
+    Ok(Json { data, range })
 }
 
 #[cfg(test)]

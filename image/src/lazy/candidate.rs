@@ -6,6 +6,7 @@ use super::{Format, Located, NotLazy, Origin, Over, Toc, TocState, unservable};
 use crate::annotations as names;
 use crate::digest::Digest;
 use crate::estargz::footer::{EXTERNAL_FOOTER, Footer};
+use crate::estargz::index::{Unusable, read_index_by, read_verified};
 use crate::estargz::{self, FooterError, TOC_MEMBER_MAX};
 use crate::layer::{Encoding, LayerIndex};
 use crate::media;
@@ -17,6 +18,11 @@ const GUESS_MIN: u64 = 64 << 10;
 const GUESS_MAX: u64 = 4 << 20;
 /// Blob bytes per byte of TOC: images of many small files come near 1 in 40.
 const GUESS_RATIO: u64 = 40;
+
+/// What errors call the JSON of a TOC.
+const JSON: &str = "table of contents";
+/// What errors call a TOC as it is in the blob.
+const COMPRESSED: &str = "compressed table of contents";
 
 /// A layer that may be lazy.
 #[derive(Debug, Clone)]
@@ -140,6 +146,7 @@ impl Candidate {
                 format: Format::EstargzExternal,
                 origin: Origin::ImageBeside,
                 toc: None,
+                json_size: None,
                 payload_end: self.size.saturating_sub(EXTERNAL_FOOTER as u64),
             });
         }
@@ -148,6 +155,7 @@ impl Candidate {
                 format: Format::ZstdChunked(self.dialect().unwrap_or_default()),
                 origin: Origin::Annotation,
                 toc: Some(position.range()),
+                json_size: Some(position.size),
                 payload_end: zstd_chunked::payload_end(position, self.tar_split),
             });
         }
@@ -169,6 +177,7 @@ impl Candidate {
                     format,
                     origin,
                     toc,
+                    json_size: None,
                     payload_end: end,
                 })
             }
@@ -183,6 +192,7 @@ impl Candidate {
                 format: Format::ZstdChunked(self.dialect().unwrap_or(location.footer.dialect())),
                 origin: Origin::Footer,
                 toc: Some(location.toc),
+                json_size: Some(location.footer.toc.size),
                 payload_end: location.payload_end,
             }),
             Err(zstd_chunked::FooterError::NotZstdChunked) => Err(match self.vouched() {
@@ -239,18 +249,15 @@ impl Candidate {
     /// one.
     pub fn index(&self, located: &Located, toc: &Toc) -> Result<LayerIndex, NotLazy> {
         self.vouched()?;
-        check("table of contents", self.json, toc.json_digest)?;
-        check(
-            "compressed table of contents",
-            self.compressed,
-            toc.compressed_digest,
-        )?;
+        check(JSON, self.json, toc.json_digest)?;
+        check(COMPRESSED, self.compressed, toc.compressed_digest)?;
+        let index = read_index_by(&toc.json, &located.rules()).map_err(NotLazy::toc)?;
+        self.checked(located, index)
+    }
+
+    /// The index of a TOC that the manifest vouches for, if all of its files can be fetched and verified one by one.
+    fn checked(&self, located: &Located, mut index: LayerIndex) -> Result<LayerIndex, NotLazy> {
         let end = located.payload_end;
-        let mut index = match located.format {
-            Format::ZstdChunked(dialect) => zstd_chunked::read_index(&toc.json, end, dialect),
-            _ => estargz::read_index(&toc.json, end),
-        }
-        .map_err(NotLazy::toc)?;
         if located.format == Format::ZstdChunked(Dialect::Podman) {
             // There are no landmarks in this dialect.
             index.prefetch_end = self.prefetch_end.map(|prefetch_end| prefetch_end.min(end));
@@ -261,18 +268,31 @@ impl Candidate {
         }
     }
 
-    /// From the compressed TOC to the index: [`Located::open`] and [`Candidate::index`]. Nothing is decompressed whose compressed
-    /// bytes are known to be wrong. Computes for as long as a large TOC takes, some hundred milliseconds.
+    /// From the compressed TOC to the index: as [`Located::open`] and [`Candidate::index`], but on several threads. Nothing is
+    /// decompressed whose compressed bytes are known to be wrong, and nothing comes from JSON that is not the one which the
+    /// manifest vouches for, not even an error. Computes for some ten milliseconds where a TOC is large.
     pub fn read(&self, located: &Located, compressed: &[u8]) -> Result<LayerIndex, NotLazy> {
         self.vouched()?;
         if let Some(expected) = self.compressed {
-            check(
-                "compressed table of contents",
-                Some(expected),
-                Digest::of(compressed),
-            )?;
+            check(COMPRESSED, Some(expected), Digest::of(compressed))?;
         }
-        self.index(located, &located.open(compressed)?)
+        let json = located.decompress(compressed)?;
+        let rules = located.rules();
+        let index = match self.json {
+            None => read_index_by(json.as_bytes(), &rules).map_err(NotLazy::toc),
+            Some(expected) => {
+                read_verified(json.as_bytes(), &rules, expected).map_err(|unusable| match unusable {
+                    Unusable::Other(found) => NotLazy::Digest {
+                        what: JSON,
+                        found,
+                        expected,
+                    },
+                    Unusable::Toc(error) => NotLazy::toc(error),
+                })
+            }
+        }?;
+        drop(json);
+        self.checked(located, index)
     }
 }
 

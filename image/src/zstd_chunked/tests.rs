@@ -218,11 +218,15 @@ fn compressed_tocs_have_limits() {
     let frame = zstd::encode_all(&json[..], 3).unwrap();
     let empty = zstd::encode_all(&b""[..], 3).unwrap();
     let frames = [&empty[..], &frame, &empty].concat();
-    assert_eq!(decompress_toc(&frames).unwrap(), json);
-    assert!(decompress_toc(&frame[..frame.len() - 1]).is_err());
-    assert!(decompress_toc(b"no zstd").is_err());
+    for hint in [None, Some(0), Some(json.len() as u64), Some(u64::MAX)] {
+        assert_eq!(decompress_toc(&frames, hint).unwrap(), json);
+        assert!(decompress_toc(&frame[..frame.len() - 1], hint).is_err());
+        assert!(decompress_toc(b"no zstd", hint).is_err());
+    }
     let bomb = zstd::encode_all(std::io::Read::take(std::io::repeat(b' '), TOC_JSON_MAX + 1), 1).unwrap();
-    assert!(matches!(decompress_toc(&bomb), Err(TocError::TooLarge(_))));
+    for hint in [None, Some(TOC_JSON_MAX), Some(TOC_JSON_MAX + 1)] {
+        assert!(matches!(decompress_toc(&bomb, hint), Err(TocError::TooLarge(_))));
+    }
 }
 
 proptest! {
@@ -243,7 +247,7 @@ proptest! {
     #[test]
     fn noise_never_panics(tail in proptest::collection::vec(any::<u8>(), 0..200), size in any::<u64>()) {
         let _outcome = locate(&tail, size);
-        let _outcome = decompress_toc(&tail);
+        let _outcome = decompress_toc(&tail, Some(size % 1000));
         let _outcome = read_index(&tail, size, Dialect::Podman);
     }
 }

@@ -329,6 +329,32 @@ fn other_json_is_refused() {
 }
 
 #[test]
+fn nothing_comes_from_another_toc() {
+    let short = 10;
+    // Long enough for several threads.
+    let long = 10_000;
+    for count in [short, long] {
+        let dir = |number| format!(r#"{{"name":"{number}{}","type":"dir"}}"#, "n".repeat(200));
+        let dirs: Vec<String> = (0..count).map(dir).collect();
+        let good = format!("{{\"entries\":[{}]}}", dirs.join(","));
+        let bad = good.replace("]", ",1]");
+        let (of_good, of_bad) = (Digest::of(good.as_bytes()), Digest::of(bad.as_bytes()));
+        let read = |json: &str, digest| read_verified(json.as_bytes(), &rules(END), digest);
+        assert_eq!(read(&good, of_good).unwrap().entries.len(), count);
+        assert!(matches!(
+            read(&bad, of_bad),
+            Err(Unusable::Toc(TocError::Json(_)))
+        ));
+        for (json, found, expected) in [(good, of_good, of_bad), (bad, of_bad, of_good)] {
+            match read(&json, expected) {
+                Err(Unusable::Other(digest)) => assert_eq!(digest, found),
+                other => panic!("{other:?}"),
+            }
+        }
+    }
+}
+
+#[test]
 fn too_many_records_are_refused() {
     let entry = r#"{"name":"a","type":"fifo"}"#;
     let many = vec![entry; RECORDS_MAX + 1].join(",");
