@@ -6,8 +6,8 @@
 //! long names, base-256 numbers, and sparse files of GNU tar (old GNU, PAX 0.0, 0.1, 1.0), which are expanded.
 //!
 //! Where readers differ, ours sides with Go's archive/tar, which containerd and Podman unpack with, so that an image means
-//! the same thing here and there; the exceptions are global PAX records, which POSIX applies and Go ignores, and a name
-//! that ends in `/`, which makes a directory of a type `0` entry as in GNU tar. `LIBARCHIVE.xattr.*` records are ignored as in Go:
+//! the same thing here and there; the exception are global PAX records, which POSIX applies and Go ignores. So a name that ends
+//! in `/` makes a directory of an entry of type NUL (V7) and of no other; GNU tar does that with type `0`, too. `LIBARCHIVE.xattr.*` records are ignored as in Go:
 //! bsdtar writes each attribute as `SCHILY.xattr.*` too.
 //!
 //! Streams come from strangers: every error names the entry and its offset, and every allocation has a limit.

@@ -250,6 +250,26 @@ fn cases() -> Vec<Case> {
             Tree("c f=x"),
         ),
         case(
+            "an empty file whose name ends in a slash",
+            &[t().entry("a/", b'0', "", 0o644, b"")],
+            Tree("a f="),
+        ),
+        case(
+            "a file whose name ends in a slash",
+            &[t().entry("a/", b'0', "", 0o644, b"x")],
+            Tree("a f=x"),
+        ),
+        case(
+            "a V7 entry whose name ends in a slash",
+            &[t().entry("a/", 0, "", 0o700, b"")],
+            Tree("a d700"),
+        ),
+        case(
+            "a file in place of the root",
+            &[t().entry("./", b'0', "", 0o644, b"x")],
+            Refused("the root"),
+        ),
+        case(
             "an unknown type",
             &[t().entry("c", b'Z', "", 0o644, b"x")],
             Refused("unsupported entry type"),

@@ -232,7 +232,8 @@ impl<R: Read> Reader<R> {
 
         let mut map = None;
         let kind = match block.kind() {
-            b'0' | b'7' | 0 if name.ends_with(b"/") => {
+            // Before POSIX there was no type for directories, only their names told them.
+            0 if name.ends_with(b"/") => {
                 if stored > 0 {
                     return Err(TarProblem::DirectoryContent);
                 }

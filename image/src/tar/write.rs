@@ -49,7 +49,7 @@ fn encode(entry: &NewEntry<'_>) -> Result<Vec<u8>, TarProblem> {
     if matches!(entry.kind, TarKind::Directory) && !name.ends_with(b"/") {
         name.push(b'/');
     } else if matches!(entry.kind, TarKind::Regular { .. }) {
-        // A name that ends in a slash would be read back as a directory.
+        // GNU tar takes a file whose name ends in a slash for a directory.
         let end = name
             .iter()
             .rposition(|byte| *byte != b'/')

@@ -639,7 +639,7 @@ impl<R: Read> Read for Taped<'_, R> {
     }
 }
 
-/// Whether other readers see the same entry in these headers: some take a file whose name ends in `/` for a file, do not know
+/// Whether other readers see the same entry in these headers: some take a file whose name ends in `/` for a directory, do not know
 /// type `7`, or look for a content behind links that claim one.
 fn is_usual(entry: &TarEntry) -> bool {
     let Some(header) = entry.raw_headers.last_chunk::<{ tar::BLOCK }>() else {
@@ -647,7 +647,7 @@ fn is_usual(entry: &TarEntry) -> bool {
     };
     let (kind, size) = (header[156], header.get(124..136).unwrap_or_default());
     match entry.kind {
-        TarKind::Regular { .. } => matches!(kind, 0 | b'0'),
+        TarKind::Regular { .. } => matches!(kind, 0 | b'0') && !entry.name.ends_with(b"/"),
         _ => matches!(kind, b'1'..=b'6') && size.iter().all(|byte| matches!(byte, b'0' | b' ' | 0)),
     }
 }
