@@ -24,6 +24,7 @@ use peel_image::{Digest, annotations};
 use peel_registry::{Blob, ImageName, ResolvedImage, Source};
 use peel_store::ImageRecord;
 use tokio::sync::mpsc;
+use tokio::task::JoinSet;
 
 use crate::error::Error;
 use crate::fetch::Engine;
@@ -171,7 +172,7 @@ pub(crate) fn load(
         }
     }
     let engine = Arc::clone(&shared.engine);
-    let known_job = job.clone();
+    let mut known_job = job.clone();
     let loaded = engine.handle().block_on(async move {
         // Progress is told from the caller's thread: its closure need not outlive this call.
         let (sender, mut receiver) = mpsc::channel(64);
@@ -181,6 +182,11 @@ pub(crate) fn load(
         }
         work.await.map_err(|_| Error::Stopping)?
     });
+    if loaded.is_err() {
+        // Layers may have been registered, and their prefetch begun, before another part of the load failed.
+        known_job.sources.close(&engine);
+        known_job.sources = Arc::default();
+    }
     let outcome = match loaded {
         // Files that are here can be read without what the registry was asked for.
         Err(error @ Error::Registry { .. }) if !ask && !engine.store.has_lost_objects() => {
@@ -265,41 +271,37 @@ async fn fetch(
     progress: &mpsc::Sender<Progress>,
 ) -> Result<Loaded, Error> {
     let loader = LayerLoader::new(job, source);
-    let configuration = tokio::spawn(configuration(job.clone(), source.clone(), image.clone()));
-    let mut known = Vec::new();
-    for descriptor in image.manifest.layers() {
-        known.push(tokio::spawn(loader.clone().look(descriptor.clone())));
+    // Dropping a set, as an error does, ends what it holds: pulls of other layers do not outlive the load.
+    let mut configuring = JoinSet::new();
+    configuring.spawn(configuration(job.clone(), source.clone(), image.clone()));
+    let mut known = JoinSet::new();
+    for (position, descriptor) in image.manifest.layers().iter().enumerate() {
+        let look = loader.clone().look(descriptor.clone());
+        known.spawn(async move { Ok((position, look.await?)) });
     }
-    let mut found = Vec::new();
-    for task in known {
-        found.push(task.await.map_err(|_| Error::Stopping)??);
-    }
+    let found = all(known).await?;
     let order = prefetch_order(&image.manifest);
     let early = begin_prefetch(job, order.as_deref(), &found);
     let brake = Early::brake(early.as_ref());
-    let mut lazy = Vec::new();
-    for found in found {
-        lazy.push(tokio::spawn(loader.clone().metadata(found, brake.clone())));
+    let mut lazy = JoinSet::new();
+    for (position, found) in found.into_iter().enumerate() {
+        let metadata = loader.clone().metadata(found, brake.clone());
+        lazy.spawn(async move { Ok::<_, Error>((position, metadata.await?)) });
     }
     drop(brake);
-    let (config, diff_ids) = configuration.await.map_err(|_| Error::Stopping)??;
-    let mut waiting = Vec::new();
-    for (position, task) in lazy.into_iter().enumerate() {
-        let state = task.await.map_err(|_| Error::Stopping)??;
+    let configured = configuring.join_next().await.ok_or(Error::Stopping)?;
+    let (config, diff_ids) = configured.map_err(|_| Error::Stopping)??;
+    let mut waiting = JoinSet::new();
+    while let Some(metadata) = lazy.join_next().await {
+        let (position, metadata) = metadata.map_err(|_| Error::Stopping)??;
         let diff_id = diff_ids.get(position).copied();
         let toc = image.manifest.layers().get(position).and_then(verify::vouched);
-        waiting.push(tokio::spawn(loader.clone().complete(
-            position,
-            state,
-            toc,
-            diff_id,
-            progress.clone(),
-        )));
+        let complete = loader
+            .clone()
+            .complete(position, metadata, toc, diff_id, progress.clone());
+        waiting.spawn(async move { Ok((position, complete.await?)) });
     }
-    let mut layers = Vec::new();
-    for task in waiting {
-        layers.push(task.await.map_err(|_| Error::Stopping)??);
-    }
+    let layers = all(waiting).await?;
     let reports = layers.iter().map(|layer| layer.report.clone()).collect();
     let record = ImageRecord {
         manifest_digest: image.manifest_digest,
@@ -318,6 +320,16 @@ async fn fetch(
         reports,
         erofs,
     })
+}
+
+/// The results of tasks, by the numbers that they give them; the first error ends the others.
+async fn all<T: 'static>(mut tasks: JoinSet<Result<(usize, T), Error>>) -> Result<Vec<T>, Error> {
+    let mut results = Vec::with_capacity(tasks.len());
+    while let Some(result) = tasks.join_next().await {
+        results.push(result.map_err(|_| Error::Stopping)??);
+    }
+    results.sort_unstable_by_key(|(position, _)| *position);
+    Ok(results.into_iter().map(|(_, result)| result).collect())
 }
 
 /// The configuration, byte for byte, and the digests of the uncompressed layers.

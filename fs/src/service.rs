@@ -84,7 +84,8 @@ impl Sources {
         lock(&self.0).closed
     }
 
-    fn close(&self, engine: &Arc<Engine>) {
+    /// The image is gone, or did not come to be: its layers bring nothing any more.
+    pub(crate) fn close(&self, engine: &Arc<Engine>) {
         let layers = {
             let mut state = lock(&self.0);
             state.closed = true;

@@ -23,6 +23,7 @@ use std::time::Duration;
 
 use peel_fs::{Error, Options, Progress, PullPolicy};
 use peel_image::Digest;
+use peel_store::Store;
 
 use forge::{Forge, Forged, noise};
 use registry::Registry;
@@ -703,6 +704,42 @@ fn a_damaged_layer_that_is_pulled_whole_is_an_error() {
         expected(),
         "after the repair"
     );
+}
+
+#[test]
+fn a_load_that_fails_ends_the_pulls_of_its_other_layers() {
+    let registry = registry();
+    let host = Host::new();
+    let name = registry.image("org");
+    let layers: Vec<Digest> = Host::new()
+        .load(&name)
+        .layers()
+        .iter()
+        .map(|layer| layer.digest)
+        .collect();
+    let (large, broken) = (layers[0], layers[2]);
+    registry.behaviour.slow.lock().unwrap().insert(large.hex());
+    registry
+        .behaviour
+        .damage
+        .lock()
+        .unwrap()
+        .insert(broken.hex(), vec![20]);
+    let error = host.service.load(&host.request(&name), &|_| {}).unwrap_err();
+    assert!(error.to_string().contains(&broken.to_string()), "{error}");
+    eventually("nobody takes the other layer any more", || {
+        registry.behaviour.sending.load(Ordering::SeqCst) == 0
+    });
+    registry.behaviour.slow.lock().unwrap().clear();
+    registry.behaviour.damage.lock().unwrap().clear();
+    assert_eq!(
+        host.open(&name).listing(),
+        expected(),
+        "what was left is no hindrance"
+    );
+    let objects = Store::open(&host.store).unwrap();
+    let tmp = fs::read_dir(objects.root().join("tmp")).unwrap().count();
+    assert_eq!(tmp, 0, "nothing half-written stays");
 }
 
 #[test]

@@ -1,5 +1,6 @@
 //! Pulls a layer whole: the ordinary way, for layers that cannot be lazy. Nothing of it counts before the digest of the
-//! blob and the digest of its uncompressed bytes (DiffID) are right; files are laid out as objects while they pass.
+//! blob and the digest of its uncompressed bytes (DiffID) are right; files are laid out as objects while they pass. A pull that is
+//! given up leaves whole objects, each right by its own digest, and nothing else.
 
 use std::io::{self, Read};
 use std::sync::{Arc, Mutex};

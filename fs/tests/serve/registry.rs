@@ -1,6 +1,6 @@
 //! A registry on the loopback interface that serves an OCI layout, and misbehaves when it is told to.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -24,6 +24,10 @@ pub(crate) struct Behaviour {
     pub(crate) blobs: Mutex<Vec<String>>,
     /// Requests of any kind.
     pub(crate) requests: AtomicU64,
+    /// Blobs (hex) of which a piece comes each 20 ms, for minutes.
+    pub(crate) slow: Mutex<HashSet<String>>,
+    /// Bodies of slow blobs that are being sent.
+    pub(crate) sending: Arc<AtomicU64>,
     /// Bytes to flip: blob (hex) to offsets.
     pub(crate) damage: Mutex<HashMap<String, Vec<usize>>>,
 }
@@ -79,6 +83,23 @@ impl Registry {
     /// Requests for blobs so far.
     pub(crate) fn blob_requests(&self) -> usize {
         self.behaviour.blobs.lock().unwrap().len()
+    }
+}
+
+/// Counts a body while it is being sent.
+#[derive(Debug)]
+struct Sending(Arc<AtomicU64>);
+
+impl Sending {
+    fn new(count: &Arc<AtomicU64>) -> Self {
+        count.fetch_add(1, Ordering::SeqCst);
+        Self(Arc::clone(count))
+    }
+}
+
+impl Drop for Sending {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::SeqCst);
     }
 }
 
@@ -158,6 +179,21 @@ async fn blob(
         .lock()
         .unwrap()
         .push(format!("{digest} {}", range.as_deref().unwrap_or("whole")));
+    let hex = digest.trim_start_matches("sha256:");
+    if served.behaviour.slow.lock().unwrap().contains(hex) {
+        let sending = Sending::new(&served.behaviour.sending);
+        let length = bytes.len();
+        let pieces = futures::stream::unfold((bytes, 0, sending), |(bytes, from, sending)| async move {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+            let piece = bytes.get(from..(from + 16).min(bytes.len()))?.to_vec();
+            let to = from + piece.len();
+            (!piece.is_empty()).then_some((Ok::<_, std::io::Error>(piece), (bytes, to, sending)))
+        });
+        return Response::builder()
+            .header(header::CONTENT_LENGTH, length)
+            .body(Body::from_stream(pieces))
+            .map_err(|_| StatusCode::INTERNAL_SERVER_ERROR);
+    }
     let Some(range) = range else {
         return Ok(Response::new(Body::from(bytes)));
     };
