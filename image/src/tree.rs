@@ -14,6 +14,7 @@
 //! Differing from containerd, a hard link may also name a file of a lower layer or one that comes later in its own layer, and
 //! eStargz's landmarks and TOC are left out of the root directory.
 
+mod children;
 mod merge;
 #[cfg(test)]
 mod tests;

@@ -3,6 +3,7 @@
 
 use std::collections::{BTreeMap, HashSet, VecDeque};
 
+use super::children::Children;
 use super::{FileRef, HIDDEN, INODES_MAX, Inode, InodeId, InodeKind, SYMLINKS_MAX, Tree, TreeError};
 use crate::digest::Digest;
 use crate::layer::{Device, Entry, EntryKind, FileContent, LayerIndex, Metadata};
@@ -60,7 +61,7 @@ struct Node<'a> {
 
 /// A directory and where it hangs, which tells whether it is still part of the tree.
 struct Directory<'a> {
-    children: BTreeMap<&'a [u8], u32>,
+    children: Children<'a>,
     parent: u32,
     name: &'a [u8],
 }
@@ -68,7 +69,7 @@ struct Directory<'a> {
 impl<'a> Kind<'a> {
     fn directory(parent: u32, name: &'a [u8]) -> Self {
         Self::Directory(Directory {
-            children: BTreeMap::new(),
+            children: Children::default(),
             parent,
             name,
         })
@@ -451,10 +452,10 @@ impl<'a> Merger<'a> {
             ) else {
                 continue;
             };
-            let mut names = Vec::with_capacity(directory.children.len());
+            let mut names = Vec::with_capacity(directory.children.len_max());
             let mut subdirectories = 0;
-            for (name, child) in &directory.children {
-                let (Some(node), Some(slot)) = (self.node(*child), ids.get_mut(position(*child))) else {
+            for (name, child) in directory.children.iter() {
+                let (Some(node), Some(slot)) = (self.node(child), ids.get_mut(position(child))) else {
                     continue;
                 };
                 let is_directory = matches!(node.kind, Kind::Directory(_));
@@ -466,7 +467,7 @@ impl<'a> Merger<'a> {
                         *slot = Some(new);
                         inodes.push(copy(node)?);
                         if is_directory {
-                            queue.push_back(*child);
+                            queue.push_back(child);
                         }
                         new
                     }
@@ -476,7 +477,7 @@ impl<'a> Merger<'a> {
                 } else if let Some(inode) = inodes.get_mut(position(child_id.0)) {
                     inode.links += 1;
                 }
-                names.push((Box::from(*name), child_id));
+                names.push((Box::from(name), child_id));
             }
             if let Some(inode) = inodes.get_mut(position(id.0)) {
                 inode.links += subdirectories;
@@ -511,12 +512,12 @@ impl<'a> Merger<'a> {
 
     fn child(&self, directory: u32, name: &[u8]) -> Option<u32> {
         match &self.node(directory)?.kind {
-            Kind::Directory(directory) => directory.children.get(name).copied(),
+            Kind::Directory(directory) => directory.children.get(name),
             _ => None,
         }
     }
 
-    fn children_mut(&mut self, directory: u32) -> Option<&mut BTreeMap<&'a [u8], u32>> {
+    fn children_mut(&mut self, directory: u32) -> Option<&mut Children<'a>> {
         match &mut self.node_mut(directory)?.kind {
             Kind::Directory(directory) => Some(&mut directory.children),
             _ => None,
