@@ -3,11 +3,15 @@
 //! The OCI image specification (descriptor.md, "Digests") also registers sha512; no builder of lazy layers writes it,
 //! so a digest of another algorithm is an error that names the algorithm.
 
+mod hasher;
+mod sys;
+
 use std::fmt;
 use std::str::FromStr;
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
-use sha2::Digest as _;
+
+pub use hasher::Hasher;
 
 /// A sha256 digest: 32 bytes, written `sha256:<64 lower-case hex digits>`.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -38,7 +42,14 @@ impl Digest {
 
     /// Hashes `data`.
     pub fn of(data: &[u8]) -> Self {
-        Self(sha2::Sha256::digest(data).into())
+        let mut hasher = Hasher::new();
+        hasher.update(data);
+        hasher.finish()
+    }
+
+    /// Hashes each of `pieces`, two at a time, which takes half as long where the processor has the instructions for it.
+    pub fn of_each<'d>(pieces: impl IntoIterator<Item = &'d [u8]>) -> Vec<Self> {
+        hasher::of_each(pieces)
     }
 
     /// The raw 32 bytes.
@@ -131,44 +142,6 @@ impl<'de> Deserialize<'de> for Digest {
         } else {
             <[u8; 32]>::deserialize(deserializer).map(Self)
         }
-    }
-}
-
-/// Hashes a stream piece by piece.
-#[derive(Clone, Default)]
-pub struct Hasher(sha2::Sha256);
-
-impl Hasher {
-    /// A hasher that has seen no bytes.
-    pub fn new() -> Self {
-        Self::default()
-    }
-
-    /// Adds the next bytes of the stream.
-    pub fn update(&mut self, data: &[u8]) {
-        self.0.update(data);
-    }
-
-    /// The digest of all bytes so far.
-    pub fn finish(self) -> Digest {
-        Digest(self.0.finalize().into())
-    }
-}
-
-impl fmt::Debug for Hasher {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Hasher")
-    }
-}
-
-impl std::io::Write for Hasher {
-    fn write(&mut self, data: &[u8]) -> std::io::Result<usize> {
-        self.update(data);
-        Ok(data.len())
-    }
-
-    fn flush(&mut self) -> std::io::Result<()> {
-        Ok(())
     }
 }
 
