@@ -28,6 +28,7 @@ mod assembly;
 mod blob;
 mod coder;
 mod finish;
+mod hashing;
 mod intake;
 pub mod order;
 mod pack;

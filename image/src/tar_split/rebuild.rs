@@ -62,7 +62,7 @@ enum State<C> {
         name: Vec<u8>,
         size: u64,
         remaining: u64,
-        crc: Crc64,
+        crc: Box<Crc64>,
         expected: u64,
     },
     /// An error was given.
@@ -105,7 +105,7 @@ where
                                 name,
                                 size,
                                 remaining: size,
-                                crc: Crc64::new(),
+                                crc: Box::default(),
                                 expected,
                             },
                         };

@@ -5,7 +5,8 @@ use std::collections::{HashMap, VecDeque};
 use std::io::{self, Read, Seek, Write};
 use std::thread::{self, ScopedJoinHandle};
 
-use crossbeam_channel::{Sender, bounded};
+use bytes::Bytes;
+use crossbeam_channel::{Receiver, Sender, bounded};
 
 use super::blob::Blob;
 use super::coder::{Coder, Undo};
@@ -26,6 +27,8 @@ const BATCH: usize = 1 << 20;
 const HEADERS_PER_STREAM: usize = 1 << 20;
 /// Buffers of tar stream that may wait to be hashed.
 const UNHASHED: usize = 8;
+/// Buffers of the blob that may wait to be hashed and written.
+const UNWRITTEN: usize = 8;
 
 /// What is known when all is written.
 pub(super) struct Assembled<W> {
@@ -54,7 +57,7 @@ enum Piece {
     /// Bytes of the tar stream that are still to be compressed.
     Plain(Vec<u8>),
     /// A chunk that is compressed already.
-    Ready(Vec<u8>, Chunk),
+    Ready(Bytes, Chunk),
     /// Chunks with what stands between them, still to be compressed, and where they start.
     Shared(Vec<u8>, Vec<usize>),
 }
@@ -83,7 +86,7 @@ pub(super) fn run<S, W>(
 ) -> Result<Assembled<W>, WriteError>
 where
     S: Read + Seek,
-    W: Write,
+    W: Write + Send,
 {
     thread::scope(|scope| {
         let coding = settings.coding;
@@ -112,6 +115,11 @@ where
         } else {
             (None, None)
         };
+        let (unwritten, buffers) = bounded::<Vec<u8>>(UNWRITTEN);
+        let blob = thread::Builder::new()
+            .name("layer-blob".to_owned())
+            .spawn_scoped(scope, move || write_blob(Blob::new(output), &buffers))
+            .map_err(WriteError::Thread)?;
         let mut assembly = Assembly {
             settings,
             spool,
@@ -125,22 +133,24 @@ where
             renderer: Renderer::new(settings.shape, settings.chunk_size()),
             messages,
             gap: Vec::new(),
-            blob: Blob::new(output),
+            unwritten,
+            blob_size: 0,
             unhashed,
             landmark: None,
             file_ends: HashMap::new(),
         };
         let outcome = assembly.add_all(&sequence);
         let Assembly {
-            blob,
+            unwritten,
             messages,
             unhashed,
             landmark,
             file_ends,
             ..
         } = assembly;
-        drop((messages, unhashed));
-        // An error of that thread is why others cannot reach it.
+        drop((unwritten, messages, unhashed));
+        // An error of these threads is why others cannot reach them.
+        let blob = blob.join().map_err(|_| WriteError::ThreadLost)??;
         let toc = toc.join().map_err(|_| WriteError::ThreadLost)??;
         outcome?;
         Ok(Assembled {
@@ -165,7 +175,14 @@ fn tar_hash(
     }
 }
 
-fn hash_stretches(stretches: crossbeam_channel::Receiver<Vec<Stretch>>) -> (Hasher, u64) {
+fn write_blob<W: Write>(mut blob: Blob<W>, buffers: &Receiver<Vec<u8>>) -> Result<Blob<W>, WriteError> {
+    for buffer in buffers {
+        blob.write(&buffer)?;
+    }
+    Ok(blob)
+}
+
+fn hash_stretches(stretches: Receiver<Vec<Stretch>>) -> (Hasher, u64) {
     let (mut hasher, mut size) = (Hasher::new(), 0);
     for stretch in stretches.into_iter().flatten() {
         match stretch {
@@ -189,6 +206,11 @@ fn finish_pieces(
     needs_tar: bool,
 ) -> Result<Finished, WriteError> {
     let mut finished = Finished::default();
+    let stored = |piece: &Piece| match piece {
+        Piece::Ready(stored, _) => stored.len(),
+        Piece::Plain(_) | Piece::Shared(..) => 0,
+    };
+    finished.blob.reserve(pieces.iter().map(stored).sum());
     for piece in pieces {
         let start = finished.blob.len() as u64;
         let mut starts = Vec::new();
@@ -249,7 +271,7 @@ struct Waiting {
     places: Vec<Placed>,
 }
 
-struct Assembly<'s, S, W> {
+struct Assembly<'s, S> {
     settings: &'s Settings,
     spool: SpoolReader<S>,
     pool: Pool<Vec<Piece>, Result<Finished, WriteError>>,
@@ -266,13 +288,15 @@ struct Assembly<'s, S, W> {
     messages: Sender<Message>,
     /// Bytes of the tar stream for the next segment of the tar-split data.
     gap: Vec<u8>,
-    blob: Blob<W>,
+    unwritten: Sender<Vec<u8>>,
+    /// Bytes of the blob so far.
+    blob_size: u64,
     unhashed: Option<Sender<Vec<Stretch>>>,
     landmark: Option<u64>,
     file_ends: HashMap<EntryPath, u64>,
 }
 
-impl<S: Read + Seek, W: Write> Assembly<'_, S, W> {
+impl<S: Read + Seek> Assembly<'_, S> {
     fn add_all(&mut self, sequence: &Sequence<'_>) -> Result<(), WriteError> {
         for place in sequence.first {
             self.add(*place, Role::Prioritized)?;
@@ -425,8 +449,11 @@ impl<S: Read + Seek, W: Write> Assembly<'_, S, W> {
             return Ok(false);
         };
         let finished = finished?;
-        let start = self.blob.size();
-        self.blob.write(&finished.blob)?;
+        let start = self.blob_size;
+        self.blob_size += finished.blob.len() as u64;
+        self.unwritten
+            .send(finished.blob)
+            .map_err(|_| WriteError::ThreadLost)?;
         for chunk in finished.chunks {
             self.settle()?;
             let front = self.waiting.front_mut().ok_or(WriteError::SpoolDamaged)?;

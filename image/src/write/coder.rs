@@ -84,7 +84,7 @@ impl Coding {
     pub(super) fn start(self) -> io::Result<Coder> {
         Ok(match self {
             Self::Gzip(level, _) => Coder::Gzip(Compressor::new(level), Vec::new()),
-            Self::Zstd(level) => Coder::Zstd(zstd::bulk::Compressor::new(level)?, Vec::new()),
+            Self::Zstd(level) => Coder::Zstd(zstd::bulk::Compressor::new(level)?),
             Self::Plain => Coder::Plain,
         })
     }
@@ -98,10 +98,10 @@ impl Coding {
     }
 }
 
-/// A compressor with room for its output.
+/// A compressor.
 pub(super) enum Coder {
     Gzip(Compressor, Vec<u8>),
-    Zstd(zstd::bulk::Compressor<'static>, Vec<u8>),
+    Zstd(zstd::bulk::Compressor<'static>),
     Plain,
 }
 
@@ -120,11 +120,12 @@ impl Coder {
                     .map_err(|_| io::Error::other("libdeflate needs more than it said"))?;
                 out.extend_from_slice(room.get(..length).unwrap_or_default());
             }
-            Self::Zstd(compressor, room) => {
-                room.clear();
-                room.reserve(zstd::compress_bound(data.len()));
-                compressor.compress_to_buffer(data, room)?;
-                out.extend_from_slice(room);
+            Self::Zstd(compressor) => {
+                out.reserve(zstd::compress_bound(data.len()));
+                let end = out.len() as u64;
+                let mut room = io::Cursor::new(out);
+                room.set_position(end);
+                compressor.compress_to_buffer(data, &mut room)?;
             }
             Self::Plain => out.extend_from_slice(data),
         }

@@ -1,22 +1,22 @@
-//! The first half of the writer: takes the tar stream apart, has the chunks compressed, and spools everything. On the way
-//! it hashes the stream that comes out if no entry moves.
+//! The first half of the writer: takes the tar stream apart, has the chunks compressed and hashed, and spools everything. On
+//! the way the stream is hashed that comes out if no entry moves.
 
 use std::collections::VecDeque;
 use std::io::{self, Read, Seek, Write};
 use std::sync::Arc;
-use std::thread::{Builder, Scope, ScopedJoinHandle};
 
-use crossbeam_channel::{Sender, bounded};
+use crossbeam_channel::{Receiver, Sender, TryRecvError, bounded};
 
+use super::hashing::{self, Hashed, Part};
 use super::order::Names;
-use super::pack::{Batch, Packed, Packer, Piece, each_zeros};
+use super::pack::{Batch, Packed, Packer, Piece};
 use super::pool::Pool;
 use super::record::{Chunk, Entry, Record};
 use super::rolling::{Cut, Splitter};
 use super::spool::{Place, Spool};
 use super::tape::{self, Recording};
 use super::{Settings, Split, WriteError};
-use crate::digest::Hasher;
+use crate::digest::Digest;
 use crate::estargz::index::RECORDS_MAX;
 use crate::estargz::{LANDMARK_CONTENT, TOC_NAME, is_reserved};
 use crate::layer::Metadata;
@@ -30,12 +30,12 @@ const BATCH: usize = 512 << 10;
 const SMALL: u64 = 1 << 20;
 /// Bytes of a large file that are looked at together.
 const BLOCK: usize = 128 << 10;
+/// Most batches whose memory is kept for others: fresh memory costs more than what is copied into it.
+const ROOMS: usize = 4;
 /// Most bytes of headers that wait for the chunks before them to be compressed.
 const WAITING_HEADERS_MAX: usize = 4 << 20;
 /// Bytes after the end of the archive that are kept as one record.
 const TRAILER: usize = 1 << 20;
-/// Batches that may wait to be hashed.
-const UNHASHED: usize = 8;
 
 /// What the first half leaves to the second.
 pub(super) struct Intake<S: Write> {
@@ -48,7 +48,7 @@ pub(super) struct Intake<S: Write> {
     /// The records after the last entry.
     pub(super) trailer: Vec<Place>,
     /// The hash and the length of the stream, if it comes out as it was read; not known where files are to move anyway.
-    pub(super) hashed: Option<(Hasher, u64)>,
+    pub(super) hashed: Hashed,
 }
 
 /// An entry some of whose chunks are not compressed yet.
@@ -56,6 +56,8 @@ struct Draft {
     record: Record,
     /// Bytes of content that are spooled.
     covered: u64,
+    /// Where the digest of a large file comes from.
+    digest: Option<Receiver<Digest>>,
 }
 
 /// Reads all of `input` into the spool.
@@ -69,23 +71,19 @@ where
         let worker = move || {
             let mut packer = Packer::new(coding, is_shared, crc);
             move |batch: Arc<Batch>| match &mut packer {
-                Ok(packer) => packer.pack(&batch),
+                Ok(packer) => packer.pack(batch),
                 Err(error) => Err(io::Error::new(error.kind(), error.to_string())),
             }
         };
         let pool = Pool::start(scope, "layer-pack", settings.threads, worker).map_err(WriteError::Thread)?;
-        let hashing = if settings.prioritized {
-            None
-        } else {
-            Some(start_hashing(scope)?)
-        };
-        let (unhashed, hasher) = hashing.unzip();
+        let (unhashed, hasher) = hashing::start(scope, !settings.prioritized)?;
         let mut intake = Running {
             settings,
             spool,
             pool,
             unhashed,
             batch: Batch::default(),
+            rooms: Vec::new(),
             drafts: VecDeque::new(),
             waiting_headers: 0,
             records: 0,
@@ -99,46 +97,19 @@ where
         if landmark {
             spooled.landmark = Some(spooled.places.remove(0));
         }
-        spooled.hashed = match hasher {
-            Some(hasher) => Some(hasher.join().map_err(|_| WriteError::ThreadLost)?),
-            None => None,
-        };
+        spooled.hashed = hasher.join().map_err(|_| WriteError::ThreadLost)?;
         Ok(spooled)
     })
-}
-
-type Hashing<'scope> = (Sender<Arc<Batch>>, ScopedJoinHandle<'scope, (Hasher, u64)>);
-
-fn start_hashing<'scope>(scope: &'scope Scope<'scope, '_>) -> Result<Hashing<'scope>, WriteError> {
-    let (sender, batches) = bounded::<Arc<Batch>>(UNHASHED);
-    let hash = move || {
-        let (mut hasher, mut size) = (Hasher::new(), 0);
-        for batch in batches {
-            let mut at = 0;
-            for (end, zeros) in &batch.left_out {
-                hasher.update(batch.data.get(at..*end).unwrap_or_default());
-                each_zeros(*zeros, |zeros| hasher.update(zeros));
-                at = *end;
-                size += zeros;
-            }
-            hasher.update(batch.data.get(at..).unwrap_or_default());
-            size += batch.data.len() as u64;
-        }
-        (hasher, size)
-    };
-    let thread = Builder::new()
-        .name("layer-diffid".to_owned())
-        .spawn_scoped(scope, hash)
-        .map_err(WriteError::Thread)?;
-    Ok((sender, thread))
 }
 
 struct Running<'s, S: Write> {
     settings: &'s Settings,
     spool: Spool<S>,
     pool: Pool<Arc<Batch>, io::Result<Packed>>,
-    unhashed: Option<Sender<Arc<Batch>>>,
+    unhashed: Sender<Arc<Batch>>,
     batch: Batch,
+    /// Room of batches that are done, for those to come.
+    rooms: Vec<Vec<u8>>,
     /// Entries whose records are not spooled yet, in the input's order.
     drafts: VecDeque<Draft>,
     /// Bytes of headers in them.
@@ -309,6 +280,7 @@ impl<S: Read + Write + Seek> Running<'_, S> {
                 ..Record::default()
             },
             covered: 0,
+            digest: None,
         });
         if self.waiting_headers > WAITING_HEADERS_MAX {
             self.drain()?;
@@ -327,7 +299,7 @@ impl<S: Read + Write + Seek> Running<'_, S> {
         if self.batch.data.len() >= BATCH {
             self.send(self.batch.data.len())?;
         }
-        self.spool_complete(0)
+        self.spool_complete(0, false)
     }
 
     fn count(&mut self, records: usize) -> Result<(), WriteError> {
@@ -386,35 +358,32 @@ impl<S: Read + Write + Seek> Running<'_, S> {
 
     /// The same for a file whose chunks go to the workers as they come.
     fn read_large(&mut self, size: u64, content: &mut dyn Read, name: &[u8]) -> Result<(), WriteError> {
-        let (mut hasher, mut crc) = (Hasher::new(), Crc64::new());
+        let mut crc = Crc64::new();
         let mut cutter = match self.settings.split {
             Split::Rolling => Cutter::Rolling(Splitter::new()),
             Split::Fixed(chunk_size) => Cutter::Fixed(chunk_size, 0),
         };
         // The piece that is open starts here; what is behind it in the batch belongs to it.
         let mut start = self.batch.data.len();
-        let mut block = vec![0; BLOCK];
+        self.batch.large.push(Part {
+            start,
+            ..Part::default()
+        });
         let mut rest = size;
         let mut cuts = Vec::new();
         while rest > 0 {
             let length = usize::try_from(rest).map_or(BLOCK, |rest| rest.min(BLOCK));
-            let block = block.get_mut(..length).unwrap_or_default();
+            let at = self.batch.data.len();
+            self.batch.data.resize(at + length, 0);
+            let block = self.batch.data.get_mut(at..).unwrap_or_default();
             content
                 .read_exact(block)
                 .map_err(|source| content_error(name, source))?;
             rest -= length as u64;
-            hasher.update(block);
             if self.settings.split_file {
                 crc.update(block);
             }
             cutter.push(block, rest == 0, &mut |cut| cuts.push(cut));
-            if rest == 0
-                && let Some(draft) = self.drafts.back_mut()
-            {
-                draft.record.digest = Some(std::mem::take(&mut hasher).finish());
-                draft.record.crc64 = crc.finish();
-            }
-            self.batch.data.extend_from_slice(block);
             self.count(cuts.len())?;
             for cut in cuts.drain(..) {
                 start = self.cut_large(start, cut)?;
@@ -426,6 +395,15 @@ impl<S: Read + Write + Seek> Running<'_, S> {
                 self.batch.data.truncate(start + kept);
                 cutter.forget_pending();
             }
+        }
+        let (answer, digest) = bounded(1);
+        if let Some(part) = self.batch.large.last_mut() {
+            part.end = self.batch.data.len();
+            part.answer = Some(answer);
+        }
+        if let Some(draft) = self.drafts.back_mut() {
+            draft.record.crc64 = crc.finish();
+            draft.digest = Some(digest);
         }
         Ok(())
     }
@@ -462,19 +440,29 @@ impl<S: Read + Write + Seek> Running<'_, S> {
 
     /// Hands the first `length` bytes of the batch to the pool, after making room for them.
     fn send(&mut self, length: usize) -> Result<(), WriteError> {
-        let rest = self.batch.data.split_off(length);
-        let batch = std::mem::take(&mut self.batch);
-        self.batch.data = rest;
-        if let Some(unhashed) = &self.unhashed
-            && !(batch.data.is_empty() && batch.left_out.is_empty())
+        let mut next = Batch {
+            data: self
+                .rooms
+                .pop()
+                .unwrap_or_else(|| Vec::with_capacity(BATCH + BLOCK)),
+            ..Batch::default()
+        };
+        next.data
+            .extend_from_slice(self.batch.data.get(length..).unwrap_or_default());
+        self.batch.data.truncate(length);
+        if let Some(open) = self.batch.large.last_mut()
+            && open.answer.is_none()
         {
-            let batch = Arc::new(batch);
-            unhashed
+            open.end = length;
+            next.large.push(Part::default());
+        }
+        let batch = Arc::new(std::mem::replace(&mut self.batch, next));
+        if !(batch.data.is_empty() && batch.left_out.is_empty() && batch.large.is_empty()) {
+            self.unhashed
                 .send(Arc::clone(&batch))
                 .map_err(|_| WriteError::ThreadLost)?;
-            return self.push(batch);
         }
-        self.push(Arc::new(batch))
+        self.push(batch)
     }
 
     fn push(&mut self, batch: Arc<Batch>) -> Result<(), WriteError> {
@@ -493,7 +481,7 @@ impl<S: Read + Write + Seek> Running<'_, S> {
     fn drain(&mut self) -> Result<(), WriteError> {
         self.send(self.batch.data.len())?;
         while self.collect()? {}
-        Ok(())
+        self.spool_complete(1, true)
     }
 
     /// Spools the oldest result of the pool; `false` if there is none.
@@ -502,15 +490,13 @@ impl<S: Read + Write + Seek> Running<'_, S> {
             return Ok(false);
         };
         let packed = packed.map_err(WriteError::Compressor)?;
-        let mut at = self.spool.append(&packed.data).map_err(WriteError::Spool)?;
+        let length = packed.data.len();
+        let mut at = self.spool.append(packed.data).map_err(WriteError::Spool)?;
         for chunk in packed.chunks {
-            self.spool_complete(1)?;
+            // What comes before this chunk was handed out before it.
+            self.spool_complete(1, true)?;
             let is_shared = packed.shared > 0;
-            let stored = if is_shared {
-                packed.data.len()
-            } else {
-                chunk.stored
-            };
+            let stored = if is_shared { length } else { chunk.stored };
             if let Some(draft) = self.drafts.front_mut() {
                 draft.covered += chunk.size;
                 draft.record.chunks.push(Chunk {
@@ -531,24 +517,40 @@ impl<S: Read + Write + Seek> Running<'_, S> {
                 at += stored as u64;
             }
         }
-        self.spool_complete(1)?;
+        if self.rooms.len() < ROOMS
+            && let Some(batch) = Arc::into_inner(packed.batch)
+        {
+            let mut room = batch.data;
+            room.clear();
+            self.rooms.push(room);
+        }
+        self.spool_complete(1, false)?;
         Ok(true)
     }
 
-    /// Spools the records of the entries at the front that miss no chunk any more. The last `open` of them may still get
-    /// their padding.
-    fn spool_complete(&mut self, open: usize) -> Result<(), WriteError> {
+    /// Spools the records of the entries at the front that miss nothing any more. The last `open` of them may still get
+    /// their padding. `waits`: for digests too, all of which must be under way.
+    fn spool_complete(&mut self, open: usize, waits: bool) -> Result<(), WriteError> {
         while self.drafts.len() > open
-            && let Some(mut draft) = self
-                .drafts
-                .pop_front_if(|draft| draft.covered == draft.record.size)
+            && let Some(draft) = self.drafts.front_mut()
+            && draft.covered == draft.record.size
         {
+            if let Some(digest) = &draft.digest {
+                let digest = match digest.try_recv() {
+                    Err(TryRecvError::Empty) if waits => digest.recv().map_err(|_| WriteError::ThreadLost)?,
+                    Err(TryRecvError::Empty) => return Ok(()),
+                    Err(TryRecvError::Disconnected) => return Err(WriteError::ThreadLost),
+                    Ok(digest) => digest,
+                };
+                draft.record.digest = Some(digest);
+            }
             self.waiting_headers -= draft.record.headers.len();
             let place = self
                 .spool
                 .append_record(&mut draft.record)
                 .map_err(WriteError::Spool)?;
             self.places.push(place);
+            self.drafts.pop_front();
         }
         Ok(())
     }
@@ -556,7 +558,7 @@ impl<S: Read + Write + Seek> Running<'_, S> {
     /// The first `entries` of the places are those of entries.
     fn finish(mut self, entries: usize) -> Result<Intake<S>, WriteError> {
         self.drain()?;
-        self.spool_complete(0)?;
+        self.spool_complete(0, true)?;
         if !self.drafts.is_empty() || self.places.len() < entries {
             return Err(WriteError::ThreadLost);
         }

@@ -4,6 +4,7 @@ use std::io;
 use std::sync::Arc;
 
 use super::coder::{Coder, Coding};
+use super::hashing::Part;
 use crate::digest::{Digest, Hasher};
 use crate::tar_split::Crc64;
 
@@ -20,6 +21,8 @@ pub(super) struct Batch {
     /// Where in `data` zeros are left out, and how many.
     pub(super) left_out: Vec<(usize, u64)>,
     pub(super) pieces: Vec<Piece>,
+    /// The parts of it that belong to files which are in no batch as a whole.
+    pub(super) large: Vec<Part>,
 }
 
 /// A chunk in a batch.
@@ -38,6 +41,8 @@ pub(super) struct Piece {
 pub(super) struct Packed {
     /// Compressed chunks, one after the other.
     pub(super) data: Vec<u8>,
+    /// What was packed.
+    pub(super) batch: Arc<Batch>,
     pub(super) chunks: Vec<PackedChunk>,
     /// Bytes that all chunks have together if they are in one zstd frame; else 0.
     pub(super) shared: usize,
@@ -58,6 +63,8 @@ pub(super) struct Packer {
     coder: Coder,
     is_shared: bool,
     crc: bool,
+    /// Room that is used again and again: what is kept of it has its own length.
+    room: Vec<u8>,
 }
 
 impl Packer {
@@ -72,38 +79,46 @@ impl Packer {
             coder: coding.start()?,
             is_shared,
             crc,
+            room: Vec::new(),
         })
     }
 
-    pub(super) fn pack(&mut self, batch: &Arc<Batch>) -> io::Result<Packed> {
-        let mut packed = Packed {
-            data: Vec::new(),
-            chunks: Vec::with_capacity(batch.pieces.len()),
-            shared: 0,
-        };
+    pub(super) fn pack(&mut self, batch: Arc<Batch>) -> io::Result<Packed> {
+        let mut chunks = Vec::with_capacity(batch.pieces.len());
+        let mut data = std::mem::take(&mut self.room);
+        data.clear();
         let mut together = Vec::new();
+        let mut digests = digests(&batch).into_iter();
+        let mut next_digest = || {
+            digests
+                .next()
+                .ok_or_else(|| io::Error::other("a chunk has no digest"))
+        };
         for piece in &batch.pieces {
             let bytes = batch.data.get(piece.start..piece.end).unwrap_or_default();
-            let start = packed.data.len();
+            let start = data.len();
             let digest = if piece.zeros > 0 {
-                self.zeros(piece.zeros, &mut packed.data)?
+                self.zeros(piece.zeros, &mut data)?
             } else if self.is_shared {
                 together.extend_from_slice(bytes);
-                Digest::of(bytes)
+                next_digest()?
             } else {
-                self.coder.append(bytes, &mut packed.data)?;
-                Digest::of(bytes)
+                self.coder.append(bytes, &mut data)?;
+                next_digest()?
             };
-            let file = piece.file.map(|start| {
-                let file = batch.data.get(start..piece.end).unwrap_or_default();
-                let digest = if file.len() == bytes.len() {
-                    digest
-                } else {
-                    Digest::of(file)
-                };
-                (digest, if self.crc { crc64(file) } else { 0 })
-            });
-            packed.chunks.push(PackedChunk {
+            let file = match piece.file {
+                None => None,
+                Some(start) => {
+                    let file = batch.data.get(start..piece.end).unwrap_or_default();
+                    let digest = if start == piece.start {
+                        digest
+                    } else {
+                        next_digest()?
+                    };
+                    Some((digest, if self.crc { Crc64::of(file) } else { 0 }))
+                }
+            };
+            chunks.push(PackedChunk {
                 size: if piece.zeros > 0 {
                     piece.zeros
                 } else {
@@ -112,7 +127,7 @@ impl Packer {
                 stored: if self.is_shared {
                     together.len() - bytes.len()
                 } else {
-                    packed.data.len() - start
+                    data.len() - start
                 },
                 digest,
                 is_hole: piece.zeros > 0,
@@ -120,9 +135,15 @@ impl Packer {
             });
         }
         if self.is_shared {
-            packed.shared = together.len();
-            self.coder.append(&together, &mut packed.data)?;
+            self.coder.append(&together, &mut data)?;
         }
+        let packed = Packed {
+            data: data.as_slice().to_vec(),
+            batch,
+            chunks,
+            shared: together.len(),
+        };
+        self.room = data;
         Ok(packed)
     }
 
@@ -150,6 +171,20 @@ impl Packer {
     }
 }
 
+/// The digests of the chunks of data, and of the files that consist of several chunks, each behind its last chunk.
+fn digests(batch: &Batch) -> Vec<Digest> {
+    let bytes = |start: usize, end: usize| batch.data.get(start..end).unwrap_or_default();
+    let messages = batch.pieces.iter().flat_map(|piece| {
+        let chunk = (piece.zeros == 0).then(|| bytes(piece.start, piece.end));
+        let file = piece
+            .file
+            .filter(|start| *start != piece.start)
+            .map(|start| bytes(start, piece.end));
+        [chunk, file].into_iter().flatten()
+    });
+    Digest::of_each(messages)
+}
+
 /// Calls `f` with zeros, `count` of them together.
 pub(super) fn each_zeros(mut count: u64, mut f: impl FnMut(&[u8])) {
     while count > 0 {
@@ -157,11 +192,4 @@ pub(super) fn each_zeros(mut count: u64, mut f: impl FnMut(&[u8])) {
         f(ZEROS.get(..length).unwrap_or_default());
         count -= length as u64;
     }
-}
-
-/// The CRC that tar-split has for a file.
-pub(super) fn crc64(data: &[u8]) -> u64 {
-    let mut crc = Crc64::new();
-    crc.update(data);
-    crc.finish()
 }

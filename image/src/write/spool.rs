@@ -2,14 +2,21 @@
 //! memory holds no more than names and places while the order of the entries is still open.
 //!
 //! First only [`Spool::append`] and [`Spool::append_record`] are called, then, after [`Spool::rewind`], only the methods of
-//! [`SpoolReader`]. Records are compressed many at a time: headers and names repeat so much that the file stays below the
+//! [`SpoolReader`]. The first [`MEMORY`] bytes stay in memory, which is all of most layers. Records are compressed many at a time: headers and names repeat so much that the file stays below the
 //! size of the blob, in which each file's headers are compressed by themselves. Nothing in the file is meant to outlive the
 //! writer.
 
 use std::io::{self, BufReader, BufWriter, Read, Seek, SeekFrom, Write};
 
+use bytes::Bytes;
+
 use super::record::{Chunk, Record};
 
+/// Most bytes that stay in memory: as much as fits beside all the rest into 256 MiB. Few in unit tests, whose layers are
+/// small and shall get into the file.
+const MEMORY: u64 = if cfg!(test) { 4 << 10 } else { 64 << 20 };
+/// What a piece in memory costs beside its bytes.
+const PIECE_COST: u64 = 64;
 /// Bytes gathered before the file is touched.
 const BUFFER: usize = 256 << 10;
 /// Bytes of records that are compressed together. A prioritized file costs one such batch to be read.
@@ -38,7 +45,9 @@ struct Batch {
 
 /// The file while it is written.
 pub(super) struct Spool<S: Write> {
+    memory: Memory,
     file: BufWriter<S>,
+    /// Bytes so far, those in memory included.
     position: u64,
     compressor: zstd::bulk::Compressor<'static>,
     batches: Vec<Batch>,
@@ -50,7 +59,9 @@ pub(super) struct Spool<S: Write> {
 
 /// The file while it is read.
 pub(super) struct SpoolReader<S> {
+    memory: Memory,
     file: BufReader<S>,
+    /// Where in the file the next byte is read.
     position: u64,
     decompressor: zstd::bulk::Decompressor<'static>,
     batches: Vec<Batch>,
@@ -66,6 +77,7 @@ impl<S: Read + Write + Seek> Spool<S> {
     pub(super) fn new(mut file: S) -> io::Result<Self> {
         file.seek(SeekFrom::Start(0))?;
         Ok(Self {
+            memory: Memory::default(),
             file: BufWriter::with_capacity(BUFFER, file),
             position: 0,
             compressor: zstd::bulk::Compressor::new(RECORD_LEVEL)?,
@@ -76,10 +88,14 @@ impl<S: Read + Write + Seek> Spool<S> {
     }
 
     /// Appends `data` and says where it starts.
-    pub(super) fn append(&mut self, data: &[u8]) -> io::Result<u64> {
+    pub(super) fn append(&mut self, data: Vec<u8>) -> io::Result<u64> {
         let start = self.position;
-        self.file.write_all(data)?;
         self.position += data.len() as u64;
+        if self.position + self.memory.cost() <= MEMORY && self.memory.end == start {
+            self.memory.push(data);
+        } else {
+            self.file.write_all(&data)?;
+        }
         Ok(start)
     }
 
@@ -115,9 +131,10 @@ impl<S: Read + Write + Seek> Spool<S> {
         let headers = self.headers.len();
         self.headers.append(&mut self.records);
         let data = self.compressor.compress(&self.headers)?;
+        let compressed = data.len();
         let batch = Batch {
-            offset: self.append(&data)?,
-            compressed: data.len(),
+            offset: self.append(data)?,
+            compressed,
             headers,
             length: self.headers.len(),
         };
@@ -132,6 +149,7 @@ impl<S: Read + Write + Seek> Spool<S> {
         let mut file = self.file.into_inner().map_err(io::IntoInnerError::into_error)?;
         file.seek(SeekFrom::Start(0))?;
         Ok(SpoolReader {
+            memory: self.memory,
             file: BufReader::with_capacity(BUFFER, file),
             position: 0,
             decompressor: zstd::bulk::Decompressor::new()?,
@@ -146,7 +164,10 @@ impl<S: Read + Write + Seek> Spool<S> {
 
 impl<S: Read + Seek> SpoolReader<S> {
     /// Reads `length` bytes at `offset`.
-    pub(super) fn read(&mut self, offset: u64, length: usize) -> io::Result<Vec<u8>> {
+    pub(super) fn read(&mut self, offset: u64, length: usize) -> io::Result<Bytes> {
+        let Some(offset) = offset.checked_sub(self.memory.end) else {
+            return self.memory.read(offset, length);
+        };
         let away = i64::try_from(i128::from(offset) - i128::from(self.position)).map_err(io::Error::other)?;
         // Stays inside the buffer where it can: most reads are near the one before.
         self.file.seek_relative(away)?;
@@ -154,7 +175,7 @@ impl<S: Read + Seek> SpoolReader<S> {
         let mut data = vec![0; length];
         self.file.read_exact(&mut data)?;
         self.position += length as u64;
-        Ok(data)
+        Ok(data.into())
     }
 
     /// Reads a chunk that was compressed together with others.
@@ -200,6 +221,40 @@ impl<S: Read + Seek> SpoolReader<S> {
     }
 }
 
+/// What stays in memory: the first pieces that were appended.
+#[derive(Default)]
+struct Memory {
+    /// Each behind where it starts.
+    pieces: Vec<(u64, Bytes)>,
+    end: u64,
+}
+
+impl Memory {
+    fn push(&mut self, mut data: Vec<u8>) {
+        data.shrink_to_fit();
+        let start = self.end;
+        self.end += data.len() as u64;
+        self.pieces.push((start, data.into()));
+    }
+
+    fn cost(&self) -> u64 {
+        self.pieces.len() as u64 * PIECE_COST
+    }
+
+    /// Nothing that is read at once was appended in pieces.
+    fn read(&self, offset: u64, length: usize) -> io::Result<Bytes> {
+        let index = self.pieces.partition_point(|(start, _)| *start <= offset);
+        let piece = index.checked_sub(1).and_then(|index| self.pieces.get(index));
+        piece
+            .and_then(|(start, data)| {
+                let at = usize::try_from(offset - start).ok()?;
+                let end = at.checked_add(length).filter(|end| *end <= data.len())?;
+                Some(data.slice(at..end))
+            })
+            .ok_or_else(|| io::Error::other("no bytes where some were written"))
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -219,7 +274,7 @@ mod tests {
         let mut places = Vec::new();
         for index in 0..1000 {
             let data = vec![b'x'; usize::try_from(index).unwrap() * 7];
-            let start = spool.append(&data).unwrap();
+            let start = spool.append(data.clone()).unwrap();
             places.push((start, data, spool.append_record(&mut record(index)).unwrap()));
         }
         let mut spool = spool.rewind().unwrap();

@@ -138,7 +138,7 @@ pub(super) fn check_podman(blob: &[u8], written: &Written) {
                 names.push(String::from_utf8(name.to_vec()).unwrap());
                 if size > 0 {
                     let content = &contents[&name.to_vec()];
-                    assert_eq!(Some(pack::crc64(content)), crc64);
+                    assert_eq!(Some(crate::tar_split::Crc64::of(content)), crc64);
                     rebuilt.extend_from_slice(content);
                 }
             }
