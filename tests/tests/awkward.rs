@@ -63,6 +63,11 @@ fn cases() -> Vec<Case> {
             Tree("\u{fffd}\u{fffd} f=x"),
         ),
         case(
+            "a real U+FFFD",
+            &[t().node("\u{fffd}".as_bytes(), b'0', "", 0o644, (0, 0), b"x")],
+            Tree("\u{fffd} f=x"),
+        ),
+        case(
             "a component of 255 bytes",
             &[long(&[b'n'; 255])],
             Tree("n*255 f=x"),
@@ -455,5 +460,10 @@ fn awkward_streams_mean_the_same_in_every_format() {
         }
     }
     assert!(!Path::new("/var/tmp/peel-awkward").exists());
+    let log = world.log();
+    assert!(
+        !log.contains("pulling a layer whole"),
+        "a layer was not lazy:\n{log}"
+    );
     world.assert_sound();
 }

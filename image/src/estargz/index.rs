@@ -4,8 +4,8 @@
 //! for some fields, and [`Rules`] says what else differs. What holds afterwards: every path is clean, the
 //! chunks of every file cover it from 0 to its size without gaps, every stream lies inside the payload, streams follow
 //! one another and chunks in one stream do not overlap (unless the rules allow it), and the chunk of a single-chunk file has the
-//! file's digest. No name holds U+FFFD: JSON has no bytes that are not UTF-8, so that character stands for a name which
-//! the TOC cannot tell.
+//! file's digest. No name is one that the TOC cannot tell: JSON has no bytes that are not UTF-8, and
+//! writers put an escaped U+FFFD in their place.
 //!
 //! * [`parts`]: the usual TOC, quickly, on several threads. * [`scan`]: the usual entry, quickly.
 //! * [`whole`]: any JSON from its beginning to its end, and what is wrong with it.

@@ -85,7 +85,8 @@ const HEADERS_MAX: u64 = 1 << 20;
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct TocEntry<'a> {
-    /// The name in the tar stream, not cleaned.
+    /// The name in the tar stream, not cleaned. Borrowed if the JSON has it without an escape, as `link_name`: that tells a real
+    /// U+FFFD from one that stands for bytes which are not UTF-8.
     #[serde(borrow)]
     pub name: Cow<'a, str>,
     /// `dir`, `reg`, `symlink`, `hardlink`, `char`, `block`, `fifo` or `chunk`.

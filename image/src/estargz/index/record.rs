@@ -1,6 +1,7 @@
 //! One entry of a TOC by itself: the JSON's fields to a [`Record`], with everything checked that needs no other entry. Called for
 //! every entry by [`super::parts`], on several threads, and by [`super::whole`]; [`super::build`] puts records together.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 
 use base64::Engine as _;
@@ -106,7 +107,7 @@ impl Fields<'_> {
         T::try_from(number).map_err(|_| self.error(field, format!("{number} is out of range")))
     }
 
-    fn path(&self, field: &'static str, name: &str) -> Result<EntryPath, TocError> {
+    fn path(&self, field: &'static str, name: &Cow<'_, str>) -> Result<EntryPath, TocError> {
         self.exact(field, name)?;
         EntryPath::clean(name.as_bytes()).map_err(|source| TocError::Name {
             entry: shorten(&self.0.name),
@@ -115,9 +116,11 @@ impl Fields<'_> {
         })
     }
 
-    /// Whether the JSON can have told the name as it is in the tar stream.
-    fn exact(&self, field: &'static str, name: &str) -> Result<(), TocError> {
-        if !name.is_ascii() && name.contains(char::REPLACEMENT_CHARACTER) {
+    /// Whether the JSON can have told the name as it is in the tar stream. Go's encoding/json, and the encoder that containers/storage
+    /// uses, write `\ufffd` with an escape for a byte that is not UTF-8, and the three bytes of a real U+FFFD as they are. A name
+    /// that is borrowed from the JSON has no escape.
+    fn exact(&self, field: &'static str, name: &Cow<'_, str>) -> Result<(), TocError> {
+        if matches!(name, Cow::Owned(_)) && name.contains(char::REPLACEMENT_CHARACTER) {
             return Err(self.error(
                 field,
                 "the name is not UTF-8 and was replaced when the TOC was written",

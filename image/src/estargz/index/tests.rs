@@ -295,6 +295,36 @@ fn names_cannot_leave_the_tree() {
 }
 
 #[test]
+fn a_real_replacement_character_is_told_from_a_lost_name() {
+    // As Go's encoding/json and jsoniter write the byte ff and the character U+FFFD.
+    let entry = |name: &str, link: &str| {
+        read(&format!(
+            r#"{{"name":"{name}","type":"symlink","linkName":"{link}"}}"#
+        ))
+    };
+    let index = entry("a\u{fffd}b", "\u{fffd}").unwrap();
+    assert_eq!(index.entries[0].path.as_bytes(), "a\u{fffd}b".as_bytes());
+    assert_eq!(
+        index.entries[0].kind,
+        EntryKind::Symlink("\u{fffd}".as_bytes().into())
+    );
+    // Other escapes make no name doubtful, and a doubtful name is not believed.
+    entry(r"\u003ca\u003e", "x").unwrap();
+    for (name, link, field) in [
+        (r"a\ufffdb", "x", "field name:"),
+        (r"a\uFFFDb", "x", "field name:"),
+        ("x", r"a\ufffd", "field linkName:"),
+        ("\u{fffd}\\u003c", "x", "field name:"),
+    ] {
+        let error = entry(name, link).unwrap_err().to_string();
+        assert!(
+            error.contains(field) && error.contains("not UTF-8"),
+            "{name} {link}: {error}"
+        );
+    }
+}
+
+#[test]
 fn other_json_is_refused() {
     for json in [
         "",
