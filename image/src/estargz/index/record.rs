@@ -107,6 +107,10 @@ impl Fields<'_> {
         T::try_from(number).map_err(|_| self.error(field, format!("{number} is out of range")))
     }
 
+    #[expect(
+        clippy::ptr_arg,
+        reason = "whether the text is borrowed tells whether the JSON has an escape in it"
+    )]
     fn path(&self, field: &'static str, name: &Cow<'_, str>) -> Result<EntryPath, TocError> {
         self.exact(field, name)?;
         EntryPath::clean(name.as_bytes()).map_err(|source| TocError::Name {
@@ -119,6 +123,10 @@ impl Fields<'_> {
     /// Whether the JSON can have told the name as it is in the tar stream. Go's encoding/json, and the encoder that containers/storage
     /// uses, write `\ufffd` with an escape for a byte that is not UTF-8, and the three bytes of a real U+FFFD as they are. A name
     /// that is borrowed from the JSON has no escape.
+    #[expect(
+        clippy::ptr_arg,
+        reason = "whether the text is borrowed tells whether the JSON has an escape in it"
+    )]
     fn exact(&self, field: &'static str, name: &Cow<'_, str>) -> Result<(), TocError> {
         if matches!(name, Cow::Owned(_)) && name.contains(char::REPLACEMENT_CHARACTER) {
             return Err(self.error(
