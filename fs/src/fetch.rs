@@ -31,11 +31,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
+use peel_image::Digest;
 use peel_image::layer::ChunkSource;
 use peel_registry::Counters;
 use peel_store::Store;
 use rustix::io::Errno;
 use tokio::runtime::{Handle, Runtime};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::error::Error;
 use crate::object::{Answer, Backing, Object, Presence, Snapshot, Table, Waiter, chunks_under};
@@ -51,6 +53,12 @@ const DEADLINE_STEP: Duration = Duration::from_millis(100);
 /// Pause before a failed fetch is tried again: doubles from the first to the last.
 const RETRY_FIRST: Duration = Duration::from_millis(100);
 const RETRY_LAST: Duration = Duration::from_secs(2);
+
+/// Indexes of layers that are read at once, of all images: a TOC may have 150 MiB of JSON and its index some times that. Each is read
+/// by several threads, so more would not be faster.
+const READERS: usize = 4;
+/// Longest wait for a turn to read an index. The largest takes some seconds.
+const READING_WAIT: Duration = Duration::from_secs(300);
 
 /// What the rest of the service wants to hear from the engine.
 pub(crate) trait Events: Send + Sync {
@@ -77,6 +85,8 @@ pub(crate) struct Engine {
     /// Reads that began to wait, oldest first, as deadline and object number.
     deadlines: Mutex<VecDeque<(Instant, u32)>>,
     read_deadline: Duration,
+    indexes_max: u64,
+    readers: Arc<Semaphore>,
     counters: Mutex<Counted>,
     stopping: AtomicBool,
     events: OnceLock<Box<dyn Events>>,
@@ -112,6 +122,8 @@ impl Engine {
             prefetch: transfer::Limits::prefetch(),
             deadlines: Mutex::default(),
             read_deadline: options.read_deadline,
+            indexes_max: options.indexes_max,
+            readers: Arc::new(Semaphore::new(READERS)),
             counters: Mutex::default(),
             stopping: AtomicBool::new(false),
             events: OnceLock::new(),
@@ -154,6 +166,32 @@ impl Engine {
         let mut counted = lock(&self.counters);
         counted.fold();
         counted.live.push(counters);
+    }
+
+    /// Bytes of memory that the indexes of one image may take.
+    pub(crate) fn indexes_max(&self) -> u64 {
+        self.indexes_max
+    }
+
+    /// A turn to read the index of a layer. An error when there is none for long.
+    pub(crate) async fn reading_turn(
+        &self,
+        image: &str,
+        layer: &Digest,
+    ) -> Result<OwnedSemaphorePermit, Error> {
+        let turn = Arc::clone(&self.readers).acquire_owned();
+        match tokio::time::timeout(READING_WAIT, turn).await {
+            Ok(turn) => turn.map_err(|_| Error::Stopping),
+            Err(_) => Err(Error::Layer {
+                image: image.to_owned(),
+                layer: *layer,
+                reason: format!(
+                    "its list of files could not be read, because those of other layers took more than {} s; load fewer images \
+                     at once",
+                    READING_WAIT.as_secs()
+                ),
+            }),
+        }
     }
 
     /// Whether [`Engine::stop`] was called.

@@ -38,12 +38,19 @@ pub use verify::{LayerCheck, layer_check};
 pub struct Options {
     /// How long a read waits for its bytes before it fails with EIO. Default 60 s.
     pub read_deadline: Duration,
+    /// Bytes of memory that the indexes of one image's layers may take. Default [`INDEXES_MAX`].
+    pub indexes_max: u64,
 }
+
+/// Bytes of memory that the indexes of one image's layers may take: they are all here at once while the image is loaded, and an
+/// image may have 1000 layers with a TOC of 150 MiB each. Some 3 million files; the largest images have a third of that.
+pub const INDEXES_MAX: u64 = 1 << 30;
 
 impl Default for Options {
     fn default() -> Self {
         Self {
             read_deadline: Duration::from_secs(60),
+            indexes_max: INDEXES_MAX,
         }
     }
 }

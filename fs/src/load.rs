@@ -9,6 +9,7 @@
 
 mod known;
 mod layer;
+mod memory;
 mod order;
 mod whole;
 

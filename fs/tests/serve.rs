@@ -185,6 +185,7 @@ fn an_outage_delays_reads_and_an_endless_one_fails_them() {
     let registry = registry();
     let host = Host::with(Options {
         read_deadline: Duration::from_secs(3),
+        ..Options::default()
     });
     let mount = host.open(&registry.image("esgz"));
     registry.behaviour.down.store(true, Ordering::SeqCst);
@@ -225,6 +226,7 @@ fn reads_that_wait_hold_nobody_up() {
     let registry = Registry::start(forge.path());
     let host = Host::with(Options {
         read_deadline: Duration::from_secs(20),
+        ..Options::default()
     });
     let mount = host.open(&registry.image("image"));
     let mut here = [0; 4096];
@@ -278,6 +280,7 @@ fn a_registry_that_hangs_holds_up_its_own_images_only() {
     // Requests hang for longer than reads may: a read without a slot fails.
     let host = Host::with(Options {
         read_deadline: Duration::from_secs(15),
+        ..Options::default()
     });
     let mut request = host.request(&hanging.image("image"));
     request.client.attempt_timeout = Duration::from_secs(600);
@@ -555,6 +558,7 @@ fn an_image_that_disagrees_is_not_held_up_and_helps_reads_that_wait() {
     let (away, near) = (registry(), registry());
     let host = Host::with(Options {
         read_deadline: Duration::from_secs(4),
+        ..Options::default()
     });
     let coarse = host.open(&away.image("esgz"));
     away.behaviour.down.store(true, Ordering::SeqCst);
@@ -579,6 +583,7 @@ fn an_image_is_not_bound_to_the_chunks_of_one_that_is_gone() {
     let registry = registry();
     let host = Host::with(Options {
         read_deadline: Duration::from_secs(3),
+        ..Options::default()
     });
     {
         let coarse = host.open(&registry.image("esgz"));
@@ -704,6 +709,26 @@ fn a_damaged_layer_that_is_pulled_whole_is_an_error() {
         expected(),
         "after the repair"
     );
+}
+
+#[test]
+fn an_image_with_too_many_files_is_an_error_that_names_the_layer() {
+    for tag in ["esgz", "org"] {
+        let registry = registry();
+        let name = registry.image(tag);
+        let host = Host::with(Options {
+            indexes_max: 20_000,
+            ..Options::default()
+        });
+        let error = host.service.load(&host.request(&name), &|_| {}).unwrap_err();
+        let error = error.to_string();
+        // Two of the three layers have few files.
+        let large = Host::new().load(&name).layers()[0].digest;
+        assert!(
+            error.contains(&large.to_string()) && error.contains("more than the 20000 that"),
+            "{error}"
+        );
+    }
 }
 
 #[test]

@@ -180,6 +180,7 @@ fn serve(root: &Path, args: &DaemonArgs) -> anyhow::Result<()> {
     lock_store(&store, patience)?;
     let options = peel_fs::Options {
         read_deadline: read_deadline()?,
+        ..peel_fs::Options::default()
     };
     let service = Service::start(store.clone(), options)?;
     let server = Arc::new(Server {

@@ -32,5 +32,5 @@ pub use source::beside::TocImage;
 pub use source::blob::Blob;
 pub use source::resolve::{ResolvedImage, ResolvedIndex};
 pub use target::{BlobUpload, Target, Upload};
-pub use toc::{TocBytes, fetch_toc};
+pub use toc::{IMAGE_TOCS_MAX, TocBytes, TocRoom, fetch_toc, fetch_toc_into};
 pub use transfer::ByteStream;

@@ -4,6 +4,8 @@
 //! Called by the loader of `fs` and by the commands that look at images. What the bytes are worth is decided by
 //! [`peel_image::lazy`].
 
+use std::sync::atomic::{AtomicU64, Ordering};
+
 use bytes::Bytes;
 use peel_image::estargz::TOC_MEMBER_MAX;
 use peel_image::lazy::{Candidate, Located, NotLazy};
@@ -21,14 +23,86 @@ pub struct TocBytes {
     pub bytes: Result<Bytes, NotLazy>,
 }
 
-/// Fetches the compressed TOC of the layer `blob`. The outer error means that the layer's blob cannot be reached at all; the inner one
-/// that the layer has no TOC. A TOC image that gives nothing is no error: its reason stands in [`TocBytes::bytes`].
+/// Compressed bytes of TOCs that one image may have in memory: as much as two of the largest. An image may have 1000 layers.
+pub const IMAGE_TOCS_MAX: u64 = 2 * TOC_MEMBER_MAX;
+
+/// Longest first request that is not counted as a TOC: a guess, which is mostly bytes of files. The caller bounds how many are made
+/// at once.
+const GUESS: u64 = 4 << 20;
+
+/// Room in memory for the compressed TOCs of one image, or of those of its layers that are read together.
+#[derive(Debug)]
+pub struct TocRoom {
+    left: AtomicU64,
+    limit: u64,
+}
+
+impl Default for TocRoom {
+    fn default() -> Self {
+        Self::new(IMAGE_TOCS_MAX)
+    }
+}
+
+impl TocRoom {
+    /// Room for so many bytes.
+    pub fn new(limit: u64) -> Self {
+        Self {
+            left: AtomicU64::new(limit),
+            limit,
+        }
+    }
+
+    /// Takes room for good; false when there is not so much left.
+    pub(crate) fn take(&self, bytes: u64) -> bool {
+        let taken = self
+            .left
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| {
+                left.checked_sub(bytes)
+            });
+        taken.is_ok()
+    }
+
+    /// Why there is no room, as the end of a sentence.
+    pub(crate) fn refusal(&self) -> String {
+        format!(
+            "with those of the image's other layers it takes more than {} bytes",
+            self.limit
+        )
+    }
+
+    fn reserve(&self, bytes: u64) -> Result<(), NotLazy> {
+        if self.take(bytes) {
+            Ok(())
+        } else {
+            Err(NotLazy::Toc(self.refusal()))
+        }
+    }
+}
+
+/// As [`fetch_toc_into`], for a single layer.
 pub async fn fetch_toc(
     blob: &Blob,
     candidate: &Candidate,
     beside: &TocImage,
 ) -> Result<Result<TocBytes, NotLazy>, Error> {
+    fetch_toc_into(&TocRoom::default(), blob, candidate, beside).await
+}
+
+/// Fetches the compressed TOC of the layer `blob` if there is `room` for it. The outer error means that the layer's blob cannot be reached at all; the inner one
+/// that the layer has no TOC. A TOC image that gives nothing is no error: its reason stands in [`TocBytes::bytes`].
+pub async fn fetch_toc_into(
+    room: &TocRoom,
+    blob: &Blob,
+    candidate: &Candidate,
+    beside: &TocImage,
+) -> Result<Result<TocBytes, NotLazy>, Error> {
     let first = candidate.first_range();
+    let counted = Some(first.end.saturating_sub(first.start))
+        .filter(|length| *length > GUESS)
+        .unwrap_or(0);
+    if let Err(reason) = room.reserve(counted) {
+        return Ok(Err(reason));
+    }
     let bytes = blob.read(first.clone()).await?;
     let located = match candidate.locate(&bytes) {
         Ok(located) => located,
@@ -45,11 +119,14 @@ pub async fn fetch_toc(
         }
         Some(toc) => toc,
         None => {
-            let bytes = beside.read(&blob.digest(), TOC_MEMBER_MAX).await;
+            let bytes = beside.read(&blob.digest(), TOC_MEMBER_MAX, room).await;
             let bytes = bytes.map_err(NotLazy::Beside);
             return Ok(Ok(TocBytes { located, bytes }));
         }
     };
+    if let Err(reason) = room.reserve((toc.end - toc.start).saturating_sub(counted)) {
+        return Ok(Err(reason));
+    }
     // What of it lies in the bytes that are here.
     let inside = |offset: u64| {
         usize::try_from(offset.saturating_sub(first.start))
@@ -69,4 +146,22 @@ pub async fn fetch_toc(
         located,
         bytes: Ok(bytes),
     }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn room_is_taken_until_there_is_none() {
+        let room = TocRoom::new(100);
+        assert!(room.take(60) && !room.take(41) && room.take(40) && room.take(0) && !room.take(1));
+        let reason = room.reserve(1).map_err(|reason| reason.to_string());
+        assert_eq!(
+            reason.as_ref().map_err(String::as_str),
+            Err(
+                "its table of contents cannot be used: with those of the image's other layers it takes more than 100 bytes"
+            )
+        );
+    }
 }

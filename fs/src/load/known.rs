@@ -11,6 +11,7 @@ use peel_registry::{Blob, Source, TocImage};
 use peel_store::{ImageRecord, Store};
 
 use super::layer::read_toc;
+use super::memory::Memory;
 use super::{Job, Loaded, candidate, diff_ids, order, prefetch_order, start_prefetch};
 use crate::error::Error;
 use crate::fetch::Engine;
@@ -196,11 +197,12 @@ impl Deferred {
         };
         self.engine.count(source.counters());
         let beside = TocImage::new(&source, self.request.platform.as_deref());
+        let memory = Memory::new(self.engine.indexes_max());
         let indexes: Vec<Option<(LayerIndex, Blob)>> = self
             .layers
             .iter()
             .map(
-                |(descriptor, key)| match self.index(&source, &beside, descriptor, key) {
+                |(descriptor, key)| match self.index(&source, &beside, &memory, descriptor, key) {
                     Ok(found) => Some(found),
                     Err(reason) => {
                         let layer = descriptor.digest();
@@ -239,6 +241,7 @@ impl Deferred {
         &self,
         source: &Source,
         beside: &TocImage,
+        memory: &Memory,
         descriptor: &Descriptor,
         key: &Digest,
     ) -> Result<(LayerIndex, Blob), String> {
@@ -253,7 +256,8 @@ impl Deferred {
         }
         // A damaged record shows only now, after the mount.
         tracing::warn!(image = %self.image, layer = %blob.digest(), "the index of this layer is damaged; fetching its TOC again");
-        let read = read_toc(&self.image, &blob, Box::new(candidate), beside, || {});
+        let candidate = Box::new(candidate);
+        let read = read_toc(&self.engine, memory, &self.image, &blob, candidate, beside, || {});
         let index = self
             .engine
             .handle()

@@ -6,12 +6,14 @@ use oci_spec::image::Descriptor;
 use peel_image::Digest;
 use peel_image::layer::LayerIndex;
 use peel_image::lazy::{Candidate, NotLazy};
-use peel_registry::{Blob, Source, TocBytes, TocImage, fetch_toc};
+use peel_registry::{Blob, Source, TocBytes, TocImage, fetch_toc_into};
 use peel_store::LayerVerdict;
 use tokio::sync::{Semaphore, mpsc};
 
+use super::memory::Memory;
 use super::{Job, blocking, candidate, known, whole};
 use crate::error::Error;
+use crate::fetch::Engine;
 use crate::fetch::early::Brake;
 use crate::verify::{self, Subject};
 use crate::{LayerReport, Progress};
@@ -99,18 +101,22 @@ impl Metadata {
 /// Fetches and reads the TOC of a layer of `image`; the inner error means that it has none that can be used. `fetched` is called in
 /// between.
 pub(super) async fn read_toc(
+    engine: &Engine,
+    memory: &Memory,
     image: &str,
     blob: &Blob,
     candidate: Box<Candidate>,
     beside: &TocImage,
     fetched: impl FnOnce(),
 ) -> Result<Result<LayerIndex, NotLazy>, Error> {
-    let toc = fetch_toc(blob, &candidate, beside)
+    let turn = memory.fetches.acquire().await.map_err(|_| Error::Stopping)?;
+    let toc = fetch_toc_into(&memory.tocs, blob, &candidate, beside)
         .await
         .map_err(|source| Error::Registry {
             image: image.to_owned(),
             source: Box::new(source),
         })?;
+    drop(turn);
     fetched();
     let (located, bytes) = match toc {
         Ok(TocBytes {
@@ -122,7 +128,10 @@ pub(super) async fn read_toc(
         })
         | Err(reason) => return Ok(Err(reason)),
     };
-    blocking(move || candidate.read(&located, &bytes)).await
+    let turn = engine.reading_turn(image, &blob.digest()).await?;
+    let read = blocking(move || candidate.read(&located, &bytes)).await;
+    drop(turn);
+    read
 }
 
 /// Loads layers. Cheap to clone.
@@ -131,6 +140,7 @@ pub(super) struct LayerLoader {
     job: Job,
     source: Source,
     pulls: Arc<Semaphore>,
+    memory: Arc<Memory>,
     beside: TocImage,
 }
 
@@ -140,8 +150,18 @@ impl LayerLoader {
             job: job.clone(),
             source: source.clone(),
             pulls: Arc::new(Semaphore::new(PULLS)),
+            memory: Arc::new(Memory::new(job.shared.engine.indexes_max())),
             beside: TocImage::new(source, job.request.platform.as_deref()),
         }
+    }
+
+    /// Counts the index of a layer; an error when the image has too many files.
+    fn count(&self, layer: Digest, index: &LayerIndex) -> Result<(), Error> {
+        self.memory.add(index).map_err(|reason| Error::Layer {
+            image: self.job.image.clone(),
+            layer,
+            reason,
+        })
     }
 
     /// Finds out what is to be done for a layer, without a request.
@@ -158,7 +178,16 @@ impl LayerLoader {
         let key = candidate.key(&blob.digest());
         let store = self.job.shared.engine.store.clone();
         // A record that cannot be read is as good as none: the TOC is fetched again.
-        if let Ok(Some(index)) = blocking(move || store.layer(&key)).await? {
+        let turn = self
+            .job
+            .shared
+            .engine
+            .reading_turn(&self.job.image, &blob.digest())
+            .await?;
+        let kept = blocking(move || store.layer(&key)).await?;
+        drop(turn);
+        if let Ok(Some(index)) = kept {
+            self.count(blob.digest(), &index)?;
             let index = Box::new(index);
             return Ok(Found::Kept { blob, key, index });
         }
@@ -173,9 +202,19 @@ impl LayerLoader {
             Found::Kept { blob, key, index } => return Ok(Metadata::lazy(blob, key, *index)),
             Found::Toc { blob, candidate, key } => (blob, candidate, key),
         };
-        let read = read_toc(&self.job.image, &blob, candidate, &self.beside, || drop(brake)).await?;
+        let read = read_toc(
+            &self.job.shared.engine,
+            &self.memory,
+            &self.job.image,
+            &blob,
+            candidate,
+            &self.beside,
+            || drop(brake),
+        )
+        .await?;
         Ok(match read {
             Ok(index) => {
+                self.count(blob.digest(), &index)?;
                 tracing::debug!(layer = %blob.digest(), entries = index.entries.len(), "TOC read");
                 Metadata::lazy(blob, key, index)
             }
@@ -232,6 +271,7 @@ impl LayerLoader {
             lazy: None,
         };
         if let Some(index) = self.kept_whole(key, subjects.clone()).await? {
+            self.count(key, &index)?;
             return Ok(indexed(index));
         }
         let permit = Arc::clone(&self.pulls)
@@ -254,7 +294,10 @@ impl LayerLoader {
         let pulled = whole::pull(&store, blob.clone(), diff_id, position, tell).await;
         drop(permit);
         let index = match pulled {
-            Ok(index) => index,
+            Ok(index) => {
+                self.count(key, &index)?;
+                index
+            }
             Err(whole::PullFailure::Registry(error)) => return Err(self.job.registry_error(error)),
             Err(whole::PullFailure::Store(error)) => return Err(error.into()),
             Err(whole::PullFailure::Broken(reason)) => return Err(broken(reason)),

@@ -84,6 +84,7 @@ fn a_false_length_does_not_cut_another_image_s_file() {
             let (registry, good, _forge) = registry(length, chunk_size);
             let host = Host::with(Options {
                 read_deadline: Duration::from_secs(10),
+                ..Options::default()
             });
             let liar = host.open(&registry.image("evil"));
             if touched {
@@ -106,6 +107,7 @@ fn a_false_length_that_comes_later_changes_nothing() {
         let (registry, good, _forge) = registry(length, chunk_size);
         let host = Host::with(Options {
             read_deadline: Duration::from_secs(10),
+            ..Options::default()
         });
         let honest = host.open(&registry.image("good"));
         let open = File::open(honest.path("file")).unwrap();
@@ -130,6 +132,7 @@ fn a_liar_whose_bytes_never_come_does_not_hold_the_honest_image_up() {
         let (near, good, _near) = registry(length, chunk_size);
         let host = Host::with(Options {
             read_deadline: Duration::from_secs(20),
+            ..Options::default()
         });
         let liar = host.open(&away.image("evil"));
         drop(first_bytes(&liar.path("file")));

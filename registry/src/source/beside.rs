@@ -16,6 +16,7 @@ use tokio::sync::OnceCell;
 use super::blob::Blob;
 use super::{Home, Inner, Source};
 use crate::error::Error;
+use crate::toc::TocRoom;
 
 /// The image beside one image. Cheap to clone; clones share what was found.
 #[derive(Debug, Clone)]
@@ -52,8 +53,16 @@ impl TocImage {
     }
 
     /// The TOC of a layer as it is in the image beside, compressed, its blob's digest checked; or in half a sentence why not.
-    pub(crate) async fn read(&self, layer: &Digest, limit: u64) -> Result<bytes::Bytes, String> {
+    pub(crate) async fn read(
+        &self,
+        layer: &Digest,
+        limit: u64,
+        room: &TocRoom,
+    ) -> Result<bytes::Bytes, String> {
         let blob = self.blob(layer).await?;
+        if !room.take(blob.size()) {
+            return Err(room.refusal());
+        }
         blob.read_verified(limit)
             .await
             .map_err(|error: Error| format!("it cannot be read there: {error}"))
