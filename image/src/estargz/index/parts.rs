@@ -22,6 +22,8 @@ const PART: usize = 128 << 10;
 const LONG: usize = 1 << 20;
 /// Most threads beside the caller's. The caller's puts everything together, and cannot do that for many.
 const HELPERS_MAX: usize = 3;
+/// JSON of a file with two digests in bytes. A guess.
+const USUAL_ENTRY: usize = 250;
 /// Parts that are begun but not yet in the index, for each thread. Bounds the memory.
 const AHEAD: usize = 4;
 /// Longest JSON behind the list of entries. Podman writes the digest of the tar-split there.
@@ -155,10 +157,11 @@ impl<'a> Parts<'a> {
         let start = self.guess(number)?;
         let limit = self.guess(number + 1)?;
         let mut at = start;
-        let mut records = Vec::new();
+        let mut records = Vec::with_capacity(limit.saturating_sub(start).min(PART) / USUAL_ENTRY);
         while at < limit {
             let rest = self.json.get(at..)?;
-            let (entry, length) = entry(rest)?;
+            let mut entry = TocEntry::default();
+            let length = read_entry(rest, &mut entry)?;
             records.push(Record::new(&entry).ok()?);
             let behind = rest.get(length..)?;
             let space = scan::space(behind);
@@ -177,16 +180,16 @@ impl<'a> Parts<'a> {
     }
 }
 
-/// The entry at the start of `json` and its length in bytes.
-fn entry(json: &[u8]) -> Option<(TocEntry<'_>, usize)> {
-    if let Some(found) = scan::entry(json) {
-        return Some(found);
+/// Reads the entry at the start of `json` and returns its length in bytes. `entry` must be the default one.
+fn read_entry<'a>(json: &'a [u8], entry: &mut TocEntry<'a>) -> Option<usize> {
+    if let Some(length) = scan::entry(json, entry) {
+        return Some(length);
     }
     // Serde would take a list, too, and other things behind it.
     json.starts_with(b"{").then_some(())?;
     let mut values = serde_json::Deserializer::from_slice(json).into_iter::<TocEntry<'_>>();
-    let entry = values.next()?.ok()?;
-    Some((entry, values.byte_offset()))
+    *entry = values.next()?.ok()?;
+    Some(values.byte_offset())
 }
 
 /// Where the parts come together.

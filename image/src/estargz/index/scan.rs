@@ -15,10 +15,10 @@ const ONES: u64 = 0x0101_0101_0101_0101;
 /// The highest bit of every byte of a word.
 const HIGH: u64 = 0x8080_8080_8080_8080;
 
-/// The entry at the start of `json` and its length in bytes, if it is plain.
-pub(super) fn entry(json: &[u8]) -> Option<(TocEntry<'_>, usize)> {
+/// Reads the entry at the start of `json`, if it is plain, and returns its length in bytes. `entry` must be the default one; it
+/// comes from the caller because it is large.
+pub(super) fn entry<'a>(json: &'a [u8], entry: &mut TocEntry<'a>) -> Option<usize> {
     let mut scanner = Scanner { json, at: 0 };
-    let mut entry = TocEntry::default();
     // The keys that were there, one bit each.
     let mut seen = 0_u32;
     scanner.take(b'{')?;
@@ -79,7 +79,7 @@ pub(super) fn entry(json: &[u8]) -> Option<(TocEntry<'_>, usize)> {
         }
     }
     // The two keys that every entry has.
-    (seen & 0b11 == 0b11).then_some((entry, scanner.at))
+    (seen & 0b11 == 0b11).then_some(scanner.at)
 }
 
 /// Where the value of a key goes, and the bit of the key.
