@@ -402,6 +402,23 @@ impl Engine {
         }
     }
 
+    /// A mark for [`Engine::cleaned`].
+    pub(crate) fn taint(&self, object: u32) -> u32 {
+        self.table
+            .get(object)
+            .map_or(0, |object| lock(&object.state).tainted)
+    }
+
+    /// What the kernel had cached of an object since before the mark was taken is gone.
+    pub(crate) fn cleaned(&self, object: u32, mark: u32) {
+        if let Some(object) = self.table.get(object) {
+            let mut state = lock(&object.state);
+            if state.tainted == mark {
+                state.tainted = 0;
+            }
+        }
+    }
+
     /// Lets the reads that waited wait anew, for what the object's state says now.
     pub(crate) fn start_over(self: &Arc<Self>, object: &Arc<Object>, waiters: Vec<Waiter>) {
         for waiter in waiters {

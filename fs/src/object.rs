@@ -146,6 +146,8 @@ pub(crate) struct State {
     pub(crate) wrong_turns: usize,
     /// When the list in use was chosen or last brought a chunk.
     pub(crate) progress: Option<Instant>,
+    /// Bytes that were found false may be in the kernel's cache: a mark of the time that they were; 0 if there are none.
+    pub(crate) tainted: u32,
     /// Lists that led to a file with another hash.
     pub(crate) false_lists: Vec<ListId>,
     /// Counts changes of the list: what was claimed under an earlier one no longer matters.
@@ -237,6 +239,16 @@ impl State {
     /// Whether the list in use has brought nothing for so long that another one should have its turn.
     pub(crate) fn is_stuck(&self) -> bool {
         self.progress.is_none_or(|progress| progress.elapsed() >= STUCK)
+    }
+
+    /// The list in use, if any, has led to a file with another hash. From now on nothing is exposed before the object is complete.
+    pub(crate) fn falsify(&mut self) {
+        self.false_lists.extend(self.list);
+        if !self.strict {
+            self.strict = true;
+            self.tainted = self.tainted.wrapping_add(1).max(1);
+        }
+        self.change_list();
     }
 
     /// Leaves the chunk list in use, and all that came by it.
@@ -378,7 +390,7 @@ impl Object {
             state.strict |= other_list || other_size;
             return None;
         }
-        let news = (other_list && !state.strict) || (other_size && !state.disputed);
+        let news = (other_list && !state.strict) || (other_size && !state.disputed) || state.tainted != 0;
         state.strict |= other_list || other_size;
         state.disputed |= other_size;
         let shorter = other_list && known_size.is_some_and(|known| size < known);

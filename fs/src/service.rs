@@ -1,6 +1,6 @@
 //! The service: one per store. Owns the object file system, the fetch engine and the loaded images.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -114,25 +114,39 @@ pub struct MountedImage {
 struct Hooks {
     notifier: Notifier,
     completions: Sender<()>,
-    stale: Sender<u32>,
+    /// Objects whose cached pages wait to be dropped: at most all that there are. There are some only where a TOC lies.
+    stale: Arc<Mutex<BTreeSet<u32>>>,
+    wake: Sender<()>,
     lookups: Arc<Lookups>,
 }
-
-/// Objects whose cached pages wait to be dropped. There are some only where a TOC lies.
-const STALE: usize = 1024;
 
 impl Hooks {
     /// Starts the thread that drops cached pages: the kernel waits for pages that are being read, so no thread that answers
     /// reads may do it.
-    fn start(notifier: Notifier, completions: Sender<()>, lookups: &Arc<Lookups>) -> Result<Self, Error> {
-        let (stale, objects) = crossbeam_channel::bounded::<u32>(STALE);
+    fn start(
+        engine: &Arc<Engine>,
+        notifier: Notifier,
+        completions: Sender<()>,
+        lookups: &Arc<Lookups>,
+    ) -> Result<Self, Error> {
+        // One message says it all: there are some.
+        let (wake, woken) = crossbeam_channel::bounded::<()>(1);
+        let stale = Arc::<Mutex<BTreeSet<u32>>>::default();
         let name = "peel-stale";
-        let notifier_of_thread = notifier.clone();
+        let (notifier_of_thread, stale_of_thread) = (notifier.clone(), Arc::clone(&stale));
+        let engine = Arc::downgrade(engine);
         std::thread::Builder::new()
             .name(name.to_owned())
             .spawn(move || {
-                for object in objects {
-                    object_fs::invalidate(&notifier_of_thread, object);
+                for () in woken {
+                    // A statement of its own: the lock must be free while the kernel works.
+                    while let Some(object) = { lock(&stale_of_thread).pop_first() } {
+                        let mark = engine.upgrade().map_or(0, |engine| engine.taint(object));
+                        object_fs::invalidate(&notifier_of_thread, object);
+                        if let Some(engine) = engine.upgrade() {
+                            engine.cleaned(object, mark);
+                        }
+                    }
                 }
             })
             .map_err(|source| Error::Thread {
@@ -143,6 +157,7 @@ impl Hooks {
             notifier,
             completions,
             stale,
+            wake,
             lookups: Arc::clone(lookups),
         })
     }
@@ -163,9 +178,9 @@ impl Events for Hooks {
     }
 
     fn invalidate_later(&self, object: u32) {
-        if self.stale.try_send(object).is_err() {
-            tracing::warn!("too many objects are stale; cached pages of one stay until they are reclaimed");
-        }
+        lock(&self.stale).insert(object);
+        // Full means that the thread has a message to come to.
+        let _ = self.wake.try_send(());
     }
 }
 
@@ -182,6 +197,7 @@ impl Service {
         let checker = Checker::start(&engine)?;
         let served = object_fs::serve(&engine, &lookups, object_fs::duplicate(&fuse.device)?)?;
         engine.listen(Box::new(Hooks::start(
+            &engine,
             served.notifier(),
             native.completions(),
             &lookups,

@@ -824,7 +824,7 @@ fn a_lying_toc_cannot_give_its_bytes_to_another_image() {
         &Forged {
             files: &evil_files,
             chunk_size,
-            lie: Some(("file", digest)),
+            lies: &[("file", digest)],
             ..Forged::default()
         },
     );
@@ -864,7 +864,7 @@ fn a_file_whose_toc_lies_about_it_becomes_an_error() {
         &Forged {
             files: &files,
             chunk_size: 64 << 10,
-            lie: Some(("file", Digest::of(&good))),
+            lies: &[("file", Digest::of(&good))],
             ..Forged::default()
         },
     );

@@ -109,10 +109,7 @@ impl Claim {
         let waiters = {
             let mut state = lock(&object.state);
             if state.generation == self.generation {
-                if let Some(list) = state.list {
-                    state.false_lists.push(list);
-                }
-                state.change_list();
+                state.falsify();
             }
             std::mem::take(&mut state.waiters)
         };

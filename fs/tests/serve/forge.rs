@@ -27,8 +27,8 @@ pub(crate) struct Forged<'a> {
     pub(crate) files: &'a [(&'a str, &'a [u8])],
     pub(crate) chunk_size: u64,
     pub(crate) prioritized: &'a [&'a str],
-    /// What the TOC says, falsely, about the digest of a file.
-    pub(crate) lie: Option<(&'a str, Digest)>,
+    /// What the TOC says, falsely, about the digests of files.
+    pub(crate) lies: &'a [(&'a str, Digest)],
     /// Write peel's annotations, so that the prefetch starts before the TOC is here.
     pub(crate) hints: bool,
 }
@@ -83,8 +83,8 @@ impl Forge {
             &options,
         )
         .unwrap();
-        if let Some((path, digest)) = &forged.lie {
-            let (lying, toc) = lie(&blob, path, digest);
+        if !forged.lies.is_empty() {
+            let (lying, toc) = lie(&blob, forged.lies);
             (blob, written.toc_digest) = (lying, Some(toc));
         }
         let mut layer = self.blob(&blob, media::OCI_LAYER_GZIP);
@@ -142,24 +142,24 @@ fn append(writer: &mut Writer<Vec<u8>>, path: &str, mut content: &[u8]) {
     writer.append(&entry, &mut content).unwrap();
 }
 
-/// The blob with another digest for a file in its TOC.
-fn lie(blob: &[u8], path: &str, digest: &Digest) -> (Vec<u8>, Digest) {
+/// The blob with other digests for files in its TOC.
+fn lie(blob: &[u8], lies: &[(&str, Digest)]) -> (Vec<u8>, Digest) {
     let location = estargz::locate(blob, blob.len() as u64).unwrap();
     let end = usize::try_from(location.payload_end).unwrap();
     let length = usize::try_from(location.toc_size).unwrap();
     let toc = estargz::extract_toc(&blob[end..end + length]).unwrap();
     let mut json: Value = serde_json::from_slice(&toc.json).unwrap();
     let entries = json["entries"].as_array_mut().unwrap();
-    let chunks = |kind: &str| {
-        let here = |entry: &&Value| entry["name"] == path && entry["type"] == kind;
-        entries.iter().filter(here).count()
-    };
-    let alone = chunks("chunk") == 0;
-    for entry in entries.iter_mut() {
-        if entry["name"] == path && entry["type"] == "reg" {
+    for position in 0..entries.len() {
+        let in_chunks = entries
+            .get(position + 1)
+            .is_some_and(|next| next["type"] == "chunk");
+        let entry = &mut entries[position];
+        let lie = lies.iter().find(|(path, _)| entry["name"] == *path);
+        if let (true, Some((_, digest))) = (entry["type"] == "reg", lie) {
             entry["digest"] = json!(digest.to_string());
             // The only chunk is the file, and a reader requires that they have the same digest.
-            if alone {
+            if !in_chunks {
                 entry["chunkDigest"] = json!(digest.to_string());
             }
         }

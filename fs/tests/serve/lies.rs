@@ -5,6 +5,7 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::process::Command;
 use std::sync::atomic::Ordering;
+use std::thread;
 use std::time::Duration;
 
 use peel_fs::Options;
@@ -12,7 +13,7 @@ use peel_image::Digest;
 
 use crate::forge::{Forge, Forged, noise};
 use crate::registry::Registry;
-use crate::support::Host;
+use crate::support::{Host, eventually};
 
 /// Length of the honest file.
 const LENGTH: usize = 1 << 20;
@@ -45,7 +46,7 @@ fn registry(length: usize, chunk_size: u64) -> (Registry, Vec<u8>, Forge) {
         &Forged {
             files: &evil_files,
             chunk_size,
-            lie: Some(("file", Digest::of(&good))),
+            lies: &[("file", Digest::of(&good))],
             ..Forged::default()
         },
     );
@@ -141,4 +142,85 @@ fn a_liar_whose_bytes_never_come_does_not_hold_the_honest_image_up() {
         assert!(fs::read(honest.path("file")).unwrap() == good, "{what}");
         drop(liar);
     }
+}
+
+/// An image of these files in two chunks each, and one that claims the same files with other bytes.
+fn pair(files: &[(String, Vec<u8>)], seed: u64) -> (Registry, Forge) {
+    let mut forge = Forge::new();
+    let evil: Vec<Vec<u8>> = (seed..)
+        .zip(files)
+        .map(|(seed, (_, bytes))| noise(seed, bytes.len()))
+        .collect();
+    let good: Vec<(&str, &[u8])> = files
+        .iter()
+        .map(|(name, bytes)| (name.as_str(), bytes.as_slice()))
+        .collect();
+    let claimed: Vec<(&str, &[u8])> = files
+        .iter()
+        .zip(&evil)
+        .map(|((name, _), bytes)| (name.as_str(), bytes.as_slice()))
+        .collect();
+    let lies: Vec<(&str, Digest)> = good
+        .iter()
+        .map(|(name, bytes)| (*name, Digest::of(bytes)))
+        .collect();
+    let chunk_size = 4096;
+    forge.image(
+        "good",
+        &Forged {
+            files: &good,
+            chunk_size,
+            ..Forged::default()
+        },
+    );
+    forge.image(
+        "evil",
+        &Forged {
+            files: &claimed,
+            chunk_size,
+            lies: &lies,
+            ..Forged::default()
+        },
+    );
+    (Registry::start(forge.path()), forge)
+}
+
+#[test]
+fn however_many_files_were_false_none_is_seen_by_another_image() {
+    // More than any queue has places.
+    let files: Vec<(String, Vec<u8>)> = (0..1200)
+        .map(|number| (format!("f{number:04}"), noise(number, 8192)))
+        .collect();
+    let (near, _forge) = pair(&files, 10_000);
+    let stuck = [("stuck".to_owned(), noise(5000, 8192))];
+    let (away, _away) = pair(&stuck, 20_000);
+    let host = Host::with(Options {
+        read_deadline: Duration::from_secs(15),
+        ..Options::default()
+    });
+    let liar = host.open(&near.image("evil"));
+    // This file is found false too, and then waits for its true bytes: for as long the kernel drops no page of it, nor of those
+    // behind it.
+    let false_one = host.open(&away.image("evil"));
+    let image = host.load(&away.image("good"));
+    let true_one = host.mount(&image);
+    let slow = || away.behaviour.slow.lock().unwrap();
+    slow().insert(image.layers()[0].digest.hex());
+    thread::scope(|scope| {
+        let reader = scope.spawn(|| fs::read(false_one.path("stuck")));
+        eventually("the true bytes are asked for", || {
+            away.behaviour.sending.load(Ordering::SeqCst) > 0
+        });
+        for (name, _) in &files {
+            drop(fs::read(liar.path(name)));
+        }
+        drop(liar);
+        let honest = host.open(&near.image("good"));
+        for (name, bytes) in &files {
+            assert!(fs::read(honest.path(name)).unwrap() == *bytes, "{name}");
+        }
+        slow().clear();
+        drop(reader.join().unwrap());
+    });
+    assert!(fs::read(true_one.path("stuck")).unwrap() == stuck[0].1);
 }
