@@ -34,7 +34,8 @@ use crate::digest::Digest;
 use crate::estargz;
 use crate::estargz::index::Rules;
 use crate::estargz::toc::{Json, extract_json};
-use crate::layer::{ChunkSource, EntryKind, LayerIndex};
+use crate::layer::{Chunk, ChunkSource, EntryKind, LayerIndex};
+use crate::tar::HOLES_MAX;
 use crate::zstd_chunked::{self, Dialect};
 
 /// Largest chunk that is served lazily, in bytes: a chunk is decompressed and verified in memory as a whole. Builders write 4 MiB
@@ -208,6 +209,33 @@ pub enum TocState {
     },
 }
 
+/// Bytes of a chunk per compressed byte from which on it may be nothing but zeros: both compressors come near 1000 and beyond there.
+const ZEROS_RATIO: u64 = 500;
+
+/// Finds large files of nothing but zeros: a writer that has one chunk for a file says nothing of its kind, but its digest does. As
+/// holes they need not fit into memory. Hashes no more than [`HOLES_MAX`] zeros, and none for files that did not compress like
+/// them.
+pub(crate) fn find_holes(index: &mut LayerIndex) {
+    let mut left = HOLES_MAX;
+    for entry in &mut index.entries {
+        let EntryKind::Regular(content) = &mut entry.kind else {
+            continue;
+        };
+        let ([chunk], Some(digest)) = (content.chunks.as_mut_slice(), content.digest) else {
+            continue;
+        };
+        let ChunkSource::Blob { compressed_size, .. } = chunk.source else {
+            continue;
+        };
+        if chunk.size > CHUNK_MAX && chunk.size / ZEROS_RATIO > compressed_size && chunk.size <= left {
+            left -= chunk.size;
+            if Digest::of_zeros(chunk.size) == digest {
+                chunk.source = ChunkSource::Zeros;
+            }
+        }
+    }
+}
+
 /// Why the files of a layer cannot be fetched one by one although its TOC is right, if so.
 pub(crate) fn unservable(index: &LayerIndex, payload_end: u64) -> Option<NotLazy> {
     for entry in &index.entries {
@@ -218,8 +246,15 @@ pub(crate) fn unservable(index: &LayerIndex, payload_end: u64) -> Option<NotLazy
         if !content.is_lazy() {
             return Some(NotLazy::Unverifiable { path: path() });
         }
-        if content.chunks.iter().any(|chunk| chunk.size > CHUNK_MAX) {
+        let is_zeros = |chunk: &&Chunk| matches!(chunk.source, ChunkSource::Zeros);
+        let mut bytes = content.chunks.iter().filter(|chunk| !is_zeros(chunk));
+        if bytes.any(|chunk| chunk.size > CHUNK_MAX) {
             return Some(NotLazy::ChunkTooLarge { path: path() });
+        }
+        // Holes need no memory, but what they are in is hashed while a read waits.
+        let zeros = content.chunks.iter().filter(is_zeros).map(|chunk| chunk.size);
+        if zeros.fold(0, u64::saturating_add) > HOLES_MAX {
+            return Some(NotLazy::HolesTooLarge { path: path() });
         }
         let outside = content.chunks.iter().any(|chunk| match chunk.source {
             ChunkSource::Blob { offset, .. } => offset >= payload_end,

@@ -338,6 +338,78 @@ fn chains_of_symbolic_links_end_where_linux_ends_them() {
     world.assert_sound();
 }
 
+/// A Podman layer with a file of so many zeros, of which its tar stream says the truth; none of them are in the blob.
+fn zeros(size: usize) -> Layer {
+    let tar = Tar::new()
+        .dir("data")
+        .file("data/a", CONTENT)
+        .file("data/z", &vec![0; size]);
+    Layer::written(&tar.finish(), zstd_chunked(Dialect::Podman)).unwrap()
+}
+
+#[test]
+fn a_file_of_zeros_needs_neither_bytes_nor_memory() {
+    const SIZE: usize = 300 << 20;
+    let world = World::new();
+    let registry = world.registry();
+    let layer = zeros(SIZE);
+    let name = push(&registry, "app", "x", std::slice::from_ref(&layer));
+    let dir = world.mount(&name, "root");
+    assert!(!world.log().contains("pulling a layer whole"), "{}", world.log());
+    let bytes = read(&dir.join("data/z")).unwrap();
+    assert!(bytes.len() == SIZE && bytes.iter().all(|byte| *byte == 0));
+    let digest = Digest::of(&bytes).hex();
+    let object = world
+        .store()
+        .join("objects")
+        .join(&digest[..2])
+        .join(&digest[2..]);
+    let metadata = object.metadata().unwrap();
+    assert_eq!(metadata.len(), SIZE as u64);
+    assert_eq!(
+        std::os::unix::fs::MetadataExt::blocks(&metadata),
+        0,
+        "the hole has bytes on disk"
+    );
+    world.umount(&dir);
+    let printed = world.run(&["cat", &name, "/data/z"]);
+    assert!(printed.status.success() && printed.stdout == bytes);
+    world.assert_sound();
+}
+
+#[test]
+fn zeros_that_are_not_what_they_should_be() {
+    let world = World::new();
+    let registry = world.registry();
+    let lie = |entries: &mut Vec<Value>| {
+        let entry = entry(entries, "data/z");
+        entry["digest"] = json!(Digest::of(b"x").to_string());
+        entry["chunkType"] = json!("zeros");
+    };
+    let name = push(
+        &registry,
+        "app",
+        "digest",
+        &[zeros(1 << 20).with_zstd_contents(lie)],
+    );
+    let dir = world.mount(&name, "digest");
+    assert_eq!(
+        read(&dir.join("data/z")).err(),
+        Some(rustix::io::Errno::IO.raw_os_error())
+    );
+    assert_eq!(read(&dir.join("data/a")).unwrap(), CONTENT);
+    world.umount(&dir);
+    // More than anybody would hash while a read waits.
+    let much = |entries: &mut Vec<Value>| {
+        let entry = entry(entries, "data/z");
+        entry["size"] = json!((16_u64 << 30) + 1);
+        entry["chunkType"] = json!("zeros");
+    };
+    let layer = zeros(1 << 20).with_zstd_contents(much);
+    let name = push(&registry, "app", "much", std::slice::from_ref(&layer));
+    assert_served_whole(&world, &name, &layer, "/data/z has more than 16 GiB of zeros");
+}
+
 #[test]
 fn a_chunk_beyond_what_fits_into_memory() {
     let world = World::new();

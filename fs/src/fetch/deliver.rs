@@ -57,6 +57,20 @@ impl Claim {
         self.landed(matches!(kept, Ok(true)), &backing);
     }
 
+    /// The chunk is all of the object, and the store has it.
+    pub(super) fn kept(self) {
+        {
+            let mut state = lock(&self.object.state);
+            if state.generation != self.generation {
+                drop(state);
+                return self.settle();
+            }
+            state.failures = 0;
+            state.progress = Some(Instant::now());
+        }
+        self.landed(true, &Backing::Nothing);
+    }
+
     /// The chunk was on disk, and it is right.
     pub(super) fn found(self, partial: &Arc<PartialObject>) {
         let chunk = self.chunk();

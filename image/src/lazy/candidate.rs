@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::{Format, Located, NotLazy, Origin, Over, Toc, TocState, unservable};
+use super::{Format, Located, NotLazy, Origin, Over, Toc, TocState, find_holes, unservable};
 use crate::annotations as names;
 use crate::digest::Digest;
 use crate::estargz::footer::{EXTERNAL_FOOTER, Footer};
@@ -262,6 +262,7 @@ impl Candidate {
             // There are no landmarks in this dialect.
             index.prefetch_end = self.prefetch_end.map(|prefetch_end| prefetch_end.min(end));
         }
+        find_holes(&mut index);
         match unservable(&index, end) {
             Some(reason) => Err(reason),
             None => Ok(index),

@@ -4,6 +4,7 @@ use super::{CHUNK_MAX, Format};
 use crate::annotations::{PODMAN_MANIFEST_CHECKSUM, TOC_DIGEST};
 use crate::digest::Digest;
 use crate::estargz::TocError;
+use crate::tar::HOLES_MAX;
 
 /// Why a layer cannot be served file by file. The texts begin with "it" or "its", for the layer.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -64,6 +65,12 @@ pub enum NotLazy {
     #[error("a chunk of {path} is larger than {} MiB", CHUNK_MAX >> 20)]
     ChunkTooLarge {
         /// Its file.
+        path: String,
+    },
+    /// Zeros that would take too long to hash.
+    #[error("{path} has more than {} GiB of zeros", HOLES_MAX >> 30)]
+    HolesTooLarge {
+        /// Their file.
         path: String,
     },
     /// A file is not in the blob.

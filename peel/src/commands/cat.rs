@@ -4,7 +4,7 @@ use std::io::{Read, Seek, SeekFrom, Write};
 use std::os::unix::ffi::OsStrExt;
 
 use anyhow::{Context, bail};
-use peel_image::layer::{EntryKind, FileContent};
+use peel_image::layer::{Chunk, ChunkSource, EntryKind, FileContent};
 use peel_image::tree::{FileRef, InodeKind};
 use peel_image::{Digest, Hasher, compression, tar};
 use peel_registry::Blob;
@@ -33,8 +33,8 @@ pub(super) fn run(global: &Global, args: &CatArgs) -> anyhow::Result<()> {
         return print_whole(&open, blob, file);
     }
     let mut out = std::io::stdout().lock();
-    let mut chunks = content.chunks.iter().cloned();
-    let fetch = |chunk: Option<peel_image::layer::Chunk>| {
+    let mut chunks = content.chunks.iter().flat_map(pieces);
+    let fetch = |chunk: Option<Chunk>| {
         let blob = blob.clone();
         chunk.map(|chunk| {
             open.runtime
@@ -49,6 +49,19 @@ pub(super) fn run(global: &Global, args: &CatArgs) -> anyhow::Result<()> {
         out.write_all(&bytes)?;
     }
     Ok(out.flush()?)
+}
+
+/// A chunk as it is printed: as it is, or a run of zeros, however long, little by little.
+fn pieces(chunk: &Chunk) -> impl Iterator<Item = Chunk> {
+    let size = match chunk.source {
+        ChunkSource::Zeros => PIECE,
+        ChunkSource::Blob { .. } => usize::try_from(chunk.size).unwrap_or(usize::MAX),
+    };
+    let (whole, size) = (chunk.clone(), size.max(1));
+    (0..whole.size).step_by(size).map(move |done| Chunk {
+        size: (whole.size - done).min(size as u64),
+        ..whole.clone()
+    })
 }
 
 fn find<'a>(contents: &'a Contents, file: &FileRef) -> Option<(&'a Blob, &'a FileContent)> {
