@@ -19,6 +19,7 @@
 
 pub(crate) mod assemble;
 pub(crate) mod claim;
+mod complete;
 mod decode;
 mod deliver;
 pub(crate) mod early;
@@ -43,6 +44,7 @@ use crate::error::Error;
 use crate::object::{Answer, Backing, Object, Presence, Snapshot, Table, Waiter, chunks_under};
 use crate::{Options, Stats, lock};
 use claim::Claimed;
+use complete::Completer;
 use decode::{Decoders, Job, Lane};
 use layer::{Layer, LayerFile};
 
@@ -80,6 +82,7 @@ pub(crate) struct Engine {
     handle: Handle,
     runtime: Mutex<Option<Runtime>>,
     decoders: Decoders,
+    completer: Completer,
     demand: transfer::Limits,
     prefetch: transfer::Limits,
     /// Reads that began to wait, oldest first, as deadline and object number.
@@ -118,6 +121,7 @@ impl Engine {
             handle: runtime.handle().clone(),
             runtime: Mutex::new(Some(runtime)),
             decoders: Decoders::start()?,
+            completer: Completer::start()?,
             demand: transfer::Limits::demand(),
             prefetch: transfer::Limits::prefetch(),
             deadlines: Mutex::default(),
@@ -214,6 +218,7 @@ impl Engine {
             runtime.shutdown_background();
         }
         self.decoders.stop();
+        self.completer.stop();
     }
 
     /// Bytes of an object that can be had without waiting and without a system call under a lock.
@@ -311,7 +316,12 @@ impl Engine {
         self.handle.spawn(async move {
             tokio::time::sleep(RETRY_FIRST).await;
             match engine.upgrade() {
-                Some(engine) => engine.read_until(&object, offset, length, deadline, answer),
+                Some(engine) => {
+                    let handle = engine.handle.clone();
+                    handle.spawn_blocking(move || {
+                        engine.read_until(&object, offset, length, deadline, answer);
+                    });
+                }
                 None => answer(Err(Errno::IO)),
             }
         });
@@ -558,7 +568,9 @@ impl Engine {
                 .iter()
                 .any(|waiter| waiter.missing.contains(&chunk));
             if waited_for && !engine.is_stopping() {
-                engine.demand(&object, chunk);
+                // Claims look at the disk.
+                let handle = engine.handle.clone();
+                handle.spawn_blocking(move || engine.demand(&object, chunk));
             }
         });
     }

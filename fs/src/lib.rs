@@ -10,7 +10,7 @@
 //! * `native`: gives completed files back to the kernel.
 //!
 //! Called by the server process of the command. Threads: `peel-fuse` and its workers answer the kernel and never wait
-//! for the network; `peel-net` moves bytes; `peel-decode-N` inflates, verifies and writes; `peel-native` reconfigures
+//! for the network; `peel-net` moves bytes; `peel-decode-N` inflates, verifies and writes; `peel-complete` hashes large files; `peel-native` reconfigures
 //! overlays; `peel-register` and `peel-pull-N` live as long as their work.
 
 mod error;

@@ -7,8 +7,12 @@
 
 #[path = "serve/forge.rs"]
 mod forge;
+#[path = "serve/kept.rs"]
+mod kept;
 #[path = "serve/lies.rs"]
 mod lies;
+#[path = "serve/loads.rs"]
+mod loads;
 #[path = "serve/registry.rs"]
 mod registry;
 #[path = "serve/support.rs"]
@@ -21,9 +25,8 @@ use std::sync::atomic::Ordering;
 use std::thread;
 use std::time::Duration;
 
-use peel_fs::{Error, Options, Progress, PullPolicy};
+use peel_fs::Options;
 use peel_image::Digest;
-use peel_store::Store;
 
 use forge::{Forge, Forged, noise};
 use registry::Registry;
@@ -337,156 +340,6 @@ fn a_completed_file_needs_no_daemon() {
 }
 
 #[test]
-fn a_known_image_starts_without_a_request_and_keeps_its_chunks() {
-    let registry = registry();
-    let mut host = Host::new();
-    let first = registry.image("esgz");
-    {
-        let mount = host.open(&first);
-        let mut start = vec![0; 1 << 20];
-        File::open(mount.path(BIG))
-            .unwrap()
-            .read_exact_at(&mut start, 0)
-            .unwrap();
-        assert_eq!(fs::read(mount.path("etc/os-release")).unwrap().len(), 24);
-    }
-    let keeps = host.store.join("records/names");
-    eventually("the name is kept", || {
-        fs::read_dir(&keeps).unwrap().next().is_some()
-    });
-    host = host.restart(Options::default());
-    let before = registry.behaviour.requests.load(Ordering::SeqCst);
-    let mount = host.open(&first);
-    let mut start = vec![0; 1 << 20];
-    File::open(mount.path(BIG))
-        .unwrap()
-        .read_exact_at(&mut start, 0)
-        .unwrap();
-    assert_eq!(fs::read(mount.path("etc/os-release")).unwrap().len(), 24);
-    assert_eq!(
-        registry.behaviour.requests.load(Ordering::SeqCst),
-        before,
-        "everything that is read is here"
-    );
-    assert_eq!(mount.listing(), expected(), "the rest is fetched");
-}
-
-/// The files of the indexes of layers in a store.
-fn index_records(host: &Host) -> Vec<std::path::PathBuf> {
-    let directory = host.store.join("records/layers");
-    let entries = fs::read_dir(directory).unwrap();
-    entries.map(|entry| entry.unwrap().path()).collect()
-}
-
-#[test]
-fn an_index_that_the_store_has_lost_is_fetched_again() {
-    type Loss = fn(&std::path::Path);
-    let losses: [(&str, Loss); 3] = [
-        ("removed", |path| fs::remove_file(path).unwrap()),
-        ("cut", |path| {
-            let length = fs::metadata(path).unwrap().len();
-            File::options()
-                .write(true)
-                .open(path)
-                .unwrap()
-                .set_len(length / 2)
-                .unwrap();
-        }),
-        ("damaged", |path| {
-            let last = fs::metadata(path).unwrap().len() - 1;
-            let file = File::options().read(true).write(true).open(path).unwrap();
-            let mut byte = [0];
-            file.read_exact_at(&mut byte, last).unwrap();
-            file.write_all_at(&[!byte[0]], last).unwrap();
-        }),
-    ];
-    for (what, lose) in losses {
-        let registry = registry();
-        let host = Host::new();
-        let name = registry.image("esgz");
-        drop(host.load(&name));
-        let keeps = host.store.join("records/names");
-        eventually("the name is kept", || {
-            fs::read_dir(&keeps).unwrap().next().is_some()
-        });
-        let host = host.restart(Options::default());
-        let records = index_records(&host);
-        assert_eq!(records.len(), 3);
-        for record in &records {
-            lose(record);
-        }
-        let mount = host.open(&name);
-        assert_eq!(
-            fs::read(mount.path("etc/os-release")).unwrap().len(),
-            24,
-            "{what}"
-        );
-        drop(mount);
-        eventually("the indexes are kept again", || index_records(&host).len() == 3);
-        // What is whole is not fetched again.
-        let host = host.restart(Options::default());
-        let before = registry.behaviour.requests.load(Ordering::SeqCst);
-        let mount = host.open(&name);
-        assert_eq!(
-            fs::read(mount.path("etc/os-release")).unwrap().len(),
-            24,
-            "{what}"
-        );
-        assert_eq!(
-            registry.behaviour.requests.load(Ordering::SeqCst),
-            before,
-            "{what}"
-        );
-    }
-}
-
-#[test]
-fn files_that_are_here_need_no_index() {
-    let registry = registry();
-    let host = Host::new();
-    let name = registry.image("esgz");
-    let digest = digest_of(&host.open(&name).path("etc/os-release"));
-    let keeps = host.store.join("records/names");
-    eventually("the name is kept", || {
-        fs::read_dir(&keeps).unwrap().next().is_some()
-    });
-    let host = host.restart(Options::default());
-    for record in index_records(&host) {
-        fs::remove_file(record).unwrap();
-    }
-    registry.behaviour.down.store(true, Ordering::SeqCst);
-    let mount = host.open(&name);
-    assert_eq!(digest_of(&mount.path("etc/os-release")), digest);
-    registry.behaviour.down.store(false, Ordering::SeqCst);
-    assert_eq!(
-        fs::read(mount.path("etc/passwd")).unwrap().len(),
-        26,
-        "the next chance is taken"
-    );
-}
-
-#[test]
-fn what_a_power_loss_took_from_a_whole_image_is_pulled_again() {
-    let registry = registry();
-    let host = Host::new();
-    let name = registry.image("org");
-    let digest = digest_of(&host.open(&name).path("etc/os-release"));
-    let keeps = host.store.join("records/names");
-    eventually("the name is kept", || {
-        fs::read_dir(&keeps).unwrap().next().is_some()
-    });
-    let object = host.object(&digest);
-    // What the store's recovery does with an object that is damaged.
-    fs::remove_file(&object).unwrap();
-    fs::write(host.store.join("lost-objects"), "").unwrap();
-    let host = host.restart(Options::default());
-    let before = registry.blob_requests();
-    let mount = host.open(&name);
-    assert_eq!(digest_of(&mount.path("etc/os-release")), digest);
-    assert!(registry.blob_requests() > before);
-}
-
-#[test]
 fn an_object_that_lost_its_image_is_brought_by_the_next_one() {
     let registry = registry();
     let host = Host::new();
@@ -525,6 +378,45 @@ fn prefetch_brings_the_prioritized_files_unasked() {
     );
     fs::read(mount.path(BIG)).unwrap();
     assert_eq!(registry.blob_requests(), before);
+}
+
+/// Nanoseconds on a processor of all threads of this process with that name.
+fn busy(name: &str) -> u64 {
+    let threads = fs::read_dir("/proc/self/task").unwrap().flatten();
+    let named = threads.map(|thread| thread.path()).filter(|thread| {
+        // A thread may end while it is looked at.
+        fs::read_to_string(thread.join("comm")).is_ok_and(|found| found.trim() == name)
+    });
+    let busy = named.filter_map(|thread| {
+        let text = fs::read_to_string(thread.join("schedstat")).ok()?;
+        text.split(' ').next()?.parse::<u64>().ok()
+    });
+    busy.sum()
+}
+
+#[test]
+fn large_files_are_hashed_where_no_read_waits_for_a_chunk() {
+    let large = noise(7, 24 << 20);
+    let mut forge = Forge::new();
+    forge.image(
+        "image",
+        &Forged {
+            files: &[("large", &large)],
+            chunk_size: 4 << 20,
+            prioritized: &["large"],
+            ..Forged::default()
+        },
+    );
+    let host = Host::new();
+    let mut request = host.request(&format!("oci:{}:image", forge.path().display()));
+    request.prefetch = true;
+    let before = busy("peel-complete");
+    let image = host.service.load(&request, &|_| {}).unwrap();
+    let digest = Digest::of(&large);
+    eventually("the file becomes an object", || host.object(&digest).exists());
+    // No processor hashes 24 MiB in less than a millisecond.
+    assert!(busy("peel-complete") > before + 1_000_000);
+    assert_eq!(digest_of(&host.mount(&image).path("large")), digest);
 }
 
 #[test]
@@ -619,265 +511,6 @@ fn a_writable_mount_copies_up_and_leaves_the_image_alone() {
         fs::metadata(plain.path("")).unwrap().permissions().mode(),
         "the root directory looks as in the image"
     );
-}
-
-#[test]
-fn layers_say_why_they_are_not_lazy() {
-    let host = Host::new();
-    let steps = std::sync::Mutex::new(Vec::new());
-    let image = host
-        .service
-        .load(&host.request(&oci("org")), &|step| {
-            steps.lock().unwrap().push(step);
-        })
-        .unwrap();
-    let reason = image.layers()[0].not_lazy.clone().unwrap();
-    assert!(
-        reason.contains("containerd.io/snapshot/stargz/toc.digest"),
-        "{reason}"
-    );
-    let steps = steps.into_inner().unwrap();
-    assert!(
-        matches!(steps.first(), Some(Progress::Resolved { layers: 3, .. })),
-        "{steps:?}"
-    );
-    assert!(matches!(steps.last(), Some(Progress::Indexed)), "{steps:?}");
-    assert!(
-        steps
-            .iter()
-            .any(|step| matches!(step, Progress::Pulling { layer: 0, done, total, .. } if done == total)),
-        "{steps:?}"
-    );
-}
-
-#[test]
-fn an_eager_load_leaves_nothing_to_fetch() {
-    let registry = registry();
-    let host = Host::new();
-    let mut request = host.request(&registry.image("esgz"));
-    request.eager = true;
-    let image = host.service.load(&request, &|_| {}).unwrap();
-    registry.behaviour.down.store(true, Ordering::SeqCst);
-    assert_eq!(host.mount(&image).listing(), expected());
-}
-
-#[test]
-fn pull_policies() {
-    let registry = registry();
-    let host = Host::new();
-    let name = registry.image("esgz");
-    let load = |pull| {
-        let request = peel_fs::LoadRequest {
-            pull,
-            ..host.request(&name)
-        };
-        host.service.load(&request, &|_| {})
-    };
-    assert!(matches!(load(PullPolicy::Never), Err(Error::NotInStore { .. })));
-    load(PullPolicy::Missing).unwrap();
-    eventually("the name is kept", || load(PullPolicy::Never).is_ok());
-    let before = registry.behaviour.requests.load(Ordering::SeqCst);
-    load(PullPolicy::Missing).unwrap();
-    assert_eq!(registry.behaviour.requests.load(Ordering::SeqCst), before);
-    load(PullPolicy::Always).unwrap();
-    assert!(registry.behaviour.requests.load(Ordering::SeqCst) > before);
-}
-
-#[test]
-fn a_damaged_layer_that_is_pulled_whole_is_an_error() {
-    let registry = registry();
-    let host = Host::new();
-    let image = host.load(&registry.image("org"));
-    let layer = image.layers()[0].digest;
-    drop(image);
-    registry
-        .behaviour
-        .damage
-        .lock()
-        .unwrap()
-        .insert(layer.hex(), vec![5000]);
-    let fresh = Host::new();
-    let error = fresh
-        .service
-        .load(&fresh.request(&registry.image("org")), &|_| {})
-        .unwrap_err()
-        .to_string();
-    assert!(error.contains(&layer.to_string()), "{error}");
-    registry.behaviour.damage.lock().unwrap().clear();
-    assert_eq!(
-        fresh.open(&registry.image("org")).listing(),
-        expected(),
-        "after the repair"
-    );
-}
-
-#[test]
-fn an_image_with_too_many_files_is_an_error_that_names_the_layer() {
-    for tag in ["esgz", "org"] {
-        let registry = registry();
-        let name = registry.image(tag);
-        let host = Host::with(Options {
-            indexes_max: 20_000,
-            ..Options::default()
-        });
-        let error = host.service.load(&host.request(&name), &|_| {}).unwrap_err();
-        let error = error.to_string();
-        // Two of the three layers have few files.
-        let large = Host::new().load(&name).layers()[0].digest;
-        assert!(
-            error.contains(&large.to_string()) && error.contains("more than the 20000 that"),
-            "{error}"
-        );
-    }
-}
-
-#[test]
-fn a_load_that_fails_ends_the_pulls_of_its_other_layers() {
-    let registry = registry();
-    let host = Host::new();
-    let name = registry.image("org");
-    let layers: Vec<Digest> = Host::new()
-        .load(&name)
-        .layers()
-        .iter()
-        .map(|layer| layer.digest)
-        .collect();
-    let (large, broken) = (layers[0], layers[2]);
-    registry.behaviour.slow.lock().unwrap().insert(large.hex());
-    registry
-        .behaviour
-        .damage
-        .lock()
-        .unwrap()
-        .insert(broken.hex(), vec![20]);
-    let error = host.service.load(&host.request(&name), &|_| {}).unwrap_err();
-    assert!(error.to_string().contains(&broken.to_string()), "{error}");
-    eventually("nobody takes the other layer any more", || {
-        registry.behaviour.sending.load(Ordering::SeqCst) == 0
-    });
-    registry.behaviour.slow.lock().unwrap().clear();
-    registry.behaviour.damage.lock().unwrap().clear();
-    assert_eq!(
-        host.open(&name).listing(),
-        expected(),
-        "what was left is no hindrance"
-    );
-    let objects = Store::open(&host.store).unwrap();
-    let tmp = fs::read_dir(objects.root().join("tmp")).unwrap().count();
-    assert_eq!(tmp, 0, "nothing half-written stays");
-}
-
-#[test]
-fn a_toc_that_nobody_vouches_for_is_not_used() {
-    let registry = registry();
-    let (blob, index) = layer("esgz", 0);
-    let end = index
-        .entries
-        .iter()
-        .filter_map(|entry| match &entry.kind {
-            peel_image::layer::EntryKind::Regular(content) => content.chunks.last().cloned(),
-            _ => None,
-        })
-        .filter_map(|chunk| match chunk.source {
-            peel_image::layer::ChunkSource::Blob {
-                offset,
-                compressed_size,
-                ..
-            } => Some(offset + compressed_size),
-            peel_image::layer::ChunkSource::Zeros => None,
-        })
-        .max()
-        .unwrap();
-    registry
-        .behaviour
-        .damage
-        .lock()
-        .unwrap()
-        .insert(blob, vec![usize::try_from(end).unwrap() + 600]);
-    let host = Host::new();
-    let error = host
-        .service
-        .load(&host.request(&registry.image("esgz")), &|_| {})
-        .unwrap_err();
-    // The layer is pulled whole instead, and then its digest is wrong.
-    assert!(error.to_string().contains("sha256:"), "{error}");
-}
-
-/// An image that claims, in its TOC, to hold the content of another image's file.
-#[test]
-fn a_lying_toc_cannot_give_its_bytes_to_another_image() {
-    let (good, evil) = (noise(1, 1 << 20), noise(2, 1 << 20));
-    let digest = Digest::of(&good);
-    let mut forge = Forge::new();
-    let (good_files, evil_files) = ([("file", good.as_slice())], [("file", evil.as_slice())]);
-    let chunk_size = 64 << 10;
-    forge.image(
-        "good",
-        &Forged {
-            files: &good_files,
-            chunk_size,
-            ..Forged::default()
-        },
-    );
-    forge.image(
-        "evil",
-        &Forged {
-            files: &evil_files,
-            chunk_size,
-            lies: &[("file", digest)],
-            ..Forged::default()
-        },
-    );
-    let registry = Registry::start(forge.path());
-    for evil_is_read_whole in [false, true] {
-        let host = Host::new();
-        let liar = host.open(&registry.image("evil"));
-        let mut bytes = vec![0; 4096];
-        File::open(liar.path("file"))
-            .unwrap()
-            .read_exact_at(&mut bytes, 0)
-            .unwrap();
-        assert!(bytes == evil[..4096], "its own TOC vouches for these bytes");
-        if evil_is_read_whole {
-            // The hash of the whole tells; whether that reader still gets its bytes does not matter.
-            drop(fs::read(liar.path("file")));
-        }
-        let honest = host.open(&registry.image("good"));
-        assert!(fs::read(honest.path("file")).unwrap() == good);
-        assert_eq!(digest_of(&host.object(&digest)), digest);
-        drop(liar);
-        let again = host.open(&registry.image("evil"));
-        assert!(
-            fs::read(again.path("file")).unwrap() == good,
-            "now it is what it claims to be"
-        );
-    }
-}
-
-#[test]
-fn a_file_whose_toc_lies_about_it_becomes_an_error() {
-    let (good, evil) = (noise(3, 1 << 20), noise(4, 1 << 20));
-    let files = [("file", evil.as_slice()), ("other", b"other".as_slice())];
-    let mut forge = Forge::new();
-    forge.image(
-        "evil",
-        &Forged {
-            files: &files,
-            chunk_size: 64 << 10,
-            lies: &[("file", Digest::of(&good))],
-            ..Forged::default()
-        },
-    );
-    let host = Host::new();
-    let mount = host.open(&format!("oci:{}:evil", forge.path().display()));
-    drop(fs::read(mount.path("file")));
-    eventually("the whole hash is checked", || {
-        let file = File::open(mount.path("file")).unwrap();
-        rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed).unwrap();
-        file.read_exact_at(&mut [0; 100], 500_000).is_err()
-    });
-    assert!(!host.object(&Digest::of(&good)).exists());
-    assert_eq!(fs::read(mount.path("other")).unwrap(), b"other");
 }
 
 #[test]

@@ -1,5 +1,5 @@
 //! The decode threads: inflate streams, check digests, and hand verified chunks on. All CPU work of the engine
-//! happens here, and all writing to the store.
+//! happens here, and all writing to the store, but for the hashing of large files once they are whole ([`super::complete`]).
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};

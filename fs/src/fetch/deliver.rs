@@ -8,6 +8,7 @@ use std::time::Instant;
 use peel_store::PartialObject;
 
 use super::claim::Claim;
+use super::complete::Completion;
 use super::{Engine, fail};
 use crate::lock;
 use crate::object::{Backing, Flight, ListId, Object, Snapshot, State, Waiter};
@@ -50,7 +51,13 @@ impl Claim {
         };
         if let Err(error) = &kept {
             if is_false(error) {
-                return self.falsified();
+                let (object, engine, generation) = (
+                    Arc::clone(&self.object),
+                    Arc::clone(&self.engine),
+                    self.generation,
+                );
+                self.settle();
+                return engine.falsified(&object, generation);
             }
             tracing::error!(object = %self.object.digest, %error, "cannot keep fetched bytes in the store");
         }
@@ -90,48 +97,39 @@ impl Claim {
         let chunk = self.chunk();
         let (object, engine) = (Arc::clone(&self.object), Arc::clone(&self.engine));
         let generation = self.generation;
-        let completed = last
-            && match backing {
-                Backing::Partial(partial) => match partial.complete() {
-                    Ok(()) => partial.is_complete(),
-                    Err(error) if is_false(&error) => {
-                        let file = object.describe();
-                        tracing::error!(%file, object = %object.digest, %error, "the chunks of this file are right, but it is not");
-                        return self.falsified();
-                    }
-                    Err(error) => {
-                        tracing::error!(object = %object.digest, %error, "cannot complete an object");
-                        false
-                    }
-                },
-                _ => true,
-            };
+        let completed = match backing {
+            Backing::Partial(partial) if last => {
+                let completion = Completion {
+                    engine: Arc::clone(&engine),
+                    object: Arc::clone(&object),
+                    partial: Arc::clone(partial),
+                    generation,
+                };
+                let waited_for = lock(&object.state).waiters.iter().any(|waiter| waiter.whole);
+                let left = if waited_for {
+                    Err(completion)
+                } else {
+                    engine.completer.submit(completion)
+                };
+                left.is_err_and(Completion::run)
+            }
+            Backing::Partial(_) => false,
+            _ => {
+                if last {
+                    engine.completed(&object);
+                }
+                last
+            }
+        };
         self.settle();
         if completed {
-            return engine.completed(&object);
+            return;
         }
         let mut state = lock(&object.state);
         if state.generation == generation {
             state.flights.remove(&chunk);
             rest(&mut state);
         }
-    }
-
-    /// The object's bytes are not what the chunk list promised: another list may tell the truth.
-    fn falsified(self) {
-        let (object, engine) = (Arc::clone(&self.object), Arc::clone(&self.engine));
-        let waiters = {
-            let mut state = lock(&object.state);
-            if state.generation == self.generation {
-                state.falsify();
-            }
-            std::mem::take(&mut state.waiters)
-        };
-        self.settle();
-        if let Some(events) = engine.events() {
-            events.invalidate_later(object.number);
-        }
-        engine.start_over(&object, waiters);
     }
 
     /// The bytes that came are not the chunk's. They may have been damaged on the way once, and another source may have good ones;
@@ -217,6 +215,21 @@ impl Engine {
         }
     }
 
+    /// The object's bytes are not what the chunk list of that generation promised: another list may tell the truth.
+    pub(super) fn falsified(self: &Arc<Self>, object: &Arc<Object>, generation: u32) {
+        let waiters = {
+            let mut state = lock(&object.state);
+            if state.generation == generation {
+                state.falsify();
+            }
+            std::mem::take(&mut state.waiters)
+        };
+        if let Some(events) = self.events() {
+            events.invalidate_later(object.number);
+        }
+        self.start_over(object, waiters);
+    }
+
     /// The object stands in the store.
     pub(super) fn completed(self: &Arc<Self>, object: &Arc<Object>) {
         let open = lock(&object.state).opens > 0;
@@ -253,7 +266,7 @@ impl Engine {
 }
 
 /// Whether the store has found that the chunks do not make up the object.
-fn is_false(error: &peel_store::Error) -> bool {
+pub(super) fn is_false(error: &peel_store::Error) -> bool {
     use peel_store::Error::{DigestMismatch, Discarded};
     matches!(error, DigestMismatch { .. } | Discarded(_))
 }

@@ -34,7 +34,12 @@ impl Engine {
                 let Some(slot) = self.slot(Lane::Prefetch, &layer.blob).await else {
                     return;
                 };
-                let Some(run) = self.claim_run(&layer, streams.clone(), window, None) else {
+                // Claims look at the disk, and the threads of the network have reads to serve.
+                let (engine, of, among) = (Arc::clone(self), Arc::clone(&layer), streams.clone());
+                let claiming = self
+                    .handle
+                    .spawn_blocking(move || engine.claim_run(&of, among, window, None));
+                let Ok(Some(run)) = claiming.await else {
                     break;
                 };
                 let next = layer.streams_in(&(run.range.start..run.range.end)).end;

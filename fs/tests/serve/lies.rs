@@ -11,6 +11,7 @@ use std::time::Duration;
 use peel_fs::Options;
 use peel_image::Digest;
 
+use crate::digest_of;
 use crate::forge::{Forge, Forged, noise};
 use crate::registry::Registry;
 use crate::support::{Host, eventually};
@@ -142,6 +143,83 @@ fn a_liar_whose_bytes_never_come_does_not_hold_the_honest_image_up() {
         assert!(fs::read(honest.path("file")).unwrap() == good, "{what}");
         drop(liar);
     }
+}
+
+/// An image that claims, in its TOC, to hold the content of another image's file.
+#[test]
+fn a_lying_toc_cannot_give_its_bytes_to_another_image() {
+    let (good, evil) = (noise(1, 1 << 20), noise(2, 1 << 20));
+    let digest = Digest::of(&good);
+    let mut forge = Forge::new();
+    let (good_files, evil_files) = ([("file", good.as_slice())], [("file", evil.as_slice())]);
+    let chunk_size = 64 << 10;
+    forge.image(
+        "good",
+        &Forged {
+            files: &good_files,
+            chunk_size,
+            ..Forged::default()
+        },
+    );
+    forge.image(
+        "evil",
+        &Forged {
+            files: &evil_files,
+            chunk_size,
+            lies: &[("file", digest)],
+            ..Forged::default()
+        },
+    );
+    let registry = Registry::start(forge.path());
+    for evil_is_read_whole in [false, true] {
+        let host = Host::new();
+        let liar = host.open(&registry.image("evil"));
+        let mut bytes = vec![0; 4096];
+        File::open(liar.path("file"))
+            .unwrap()
+            .read_exact_at(&mut bytes, 0)
+            .unwrap();
+        assert!(bytes == evil[..4096], "its own TOC vouches for these bytes");
+        if evil_is_read_whole {
+            // The hash of the whole tells; whether that reader still gets its bytes does not matter.
+            drop(fs::read(liar.path("file")));
+        }
+        let honest = host.open(&registry.image("good"));
+        assert!(fs::read(honest.path("file")).unwrap() == good);
+        assert_eq!(digest_of(&host.object(&digest)), digest);
+        drop(liar);
+        let again = host.open(&registry.image("evil"));
+        assert!(
+            fs::read(again.path("file")).unwrap() == good,
+            "now it is what it claims to be"
+        );
+    }
+}
+
+#[test]
+fn a_file_whose_toc_lies_about_it_becomes_an_error() {
+    let (good, evil) = (noise(3, 1 << 20), noise(4, 1 << 20));
+    let files = [("file", evil.as_slice()), ("other", b"other".as_slice())];
+    let mut forge = Forge::new();
+    forge.image(
+        "evil",
+        &Forged {
+            files: &files,
+            chunk_size: 64 << 10,
+            lies: &[("file", Digest::of(&good))],
+            ..Forged::default()
+        },
+    );
+    let host = Host::new();
+    let mount = host.open(&format!("oci:{}:evil", forge.path().display()));
+    drop(fs::read(mount.path("file")));
+    eventually("the whole hash is checked", || {
+        let file = File::open(mount.path("file")).unwrap();
+        rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed).unwrap();
+        file.read_exact_at(&mut [0; 100], 500_000).is_err()
+    });
+    assert!(!host.object(&Digest::of(&good)).exists());
+    assert_eq!(fs::read(mount.path("other")).unwrap(), b"other");
 }
 
 /// An image of these files in two chunks each, and one that claims the same files with other bytes.
