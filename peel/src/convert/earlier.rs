@@ -16,7 +16,6 @@ use peel_image::{Digest, Hasher, annotations};
 use peel_registry::{ClientOptions, Error, ImageName, ResolvedImage, Source};
 
 use super::plan::Plan;
-use super::toc_image;
 use crate::layers;
 
 /// Annotation: digest of the layer that a layer was made of.
@@ -131,7 +130,7 @@ impl Earlier {
         let source = Source::open(name, options).await?;
         let image: ImageManifest = source.resolve(None).await?.manifest;
         let tocs = image.layers().iter().filter_map(|toc| {
-            let layer = layers::annotation(toc, toc_image::LAYER_DIGEST)?;
+            let layer = layers::annotation(toc, annotations::LAYER_DIGEST)?;
             Some((layer.parse().ok()?, toc.clone()))
         });
         self.tocs = tocs.collect();

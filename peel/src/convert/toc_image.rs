@@ -7,14 +7,11 @@
 use std::collections::BTreeMap;
 
 use anyhow::bail;
+use peel_image::annotations::{LAYER_DIGEST, TOC_IMAGE_SUFFIX};
 use peel_image::{Digest, media};
 use peel_registry::{ImageName, Reference};
 use serde_json::{Value, json};
 
-/// What is appended to the tag; upstream knows no other.
-const SUFFIX: &str = "-esgztoc";
-/// Annotation: digest of the layer that a table of contents belongs to.
-pub const LAYER_DIGEST: &str = "containerd.io/snapshot/stargz/layer.digest";
 /// The configuration.
 pub const CONFIG: &[u8] = b"{}";
 
@@ -31,7 +28,7 @@ pub struct Toc {
 
 /// The name beside `target`. Readers find it by the tag, so there must be one.
 pub fn name(target: &ImageName) -> anyhow::Result<ImageName> {
-    let suffixed = |tag: &str| format!("{tag}{SUFFIX}");
+    let suffixed = |tag: &str| format!("{tag}{TOC_IMAGE_SUFFIX}");
     match target {
         ImageName::Registry(Reference {
             registry,
@@ -49,7 +46,7 @@ pub fn name(target: &ImageName) -> anyhow::Result<ImageName> {
             tag: Some(suffixed(tag)),
         }),
         _ => bail!(
-            "{target}: with --estargz-external-toc the target needs a tag: the tables of contents go to TAG{SUFFIX} beside it"
+            "{target}: with --estargz-external-toc the target needs a tag: the tables of contents go to TAG{TOC_IMAGE_SUFFIX} beside it"
         ),
     }
 }

@@ -8,49 +8,32 @@ use crate::cli::{ConvertArgs, DialectArg, LazyArgs};
 /// Level of eStargz layers: upstream's default.
 const ESTARGZ_LEVEL: i32 = 9;
 
+/// The formats, by the flags that choose them.
+const FORMATS: [&str; 5] = ["--estargz", "--zstdchunked", "--gzip", "--zstd", "--uncompress"];
+
 /// A flag, and whether it was given.
 type Flag = (&'static str, bool);
 
 /// The format that `peel optimize` writes.
 pub(in crate::commands) fn lazy(lazy: &LazyArgs, reuse: bool) -> anyhow::Result<Format> {
-    let chosen = one_of(&[("--estargz", lazy.estargz), ("--zstdchunked", lazy.zstdchunked)])?;
-    check_belonging(lazy, chosen, &[])?;
+    let chosen = chosen(&lazy_flags(lazy))?;
     lazy_format(lazy, chosen, false, reuse)
 }
 
 /// The format that `peel convert` writes.
 pub(super) fn any(args: &ConvertArgs) -> anyhow::Result<Format> {
-    let chosen = one_of(&[
-        ("--estargz", args.lazy.estargz),
-        ("--zstdchunked", args.lazy.zstdchunked),
+    let mut flags = lazy_flags(&args.lazy);
+    flags.extend([
+        ("--estargz-record-in", args.estargz_record_in.is_some()),
+        ("--estargz-keep-diff-id", args.estargz_keep_diff_id),
+        ("--zstdchunked-record-in", args.zstdchunked_record_in.is_some()),
         ("--gzip", args.gzip),
+        ("--gzip-compression-level", args.gzip_compression_level.is_some()),
         ("--zstd", args.zstd),
+        ("--zstd-compression-level", args.zstd_compression_level.is_some()),
         ("--uncompress", args.uncompress),
-    ])?;
-    let others = [
-        (
-            "--estargz",
-            "--estargz-record-in",
-            args.estargz_record_in.is_some(),
-        ),
-        ("--estargz", "--estargz-keep-diff-id", args.estargz_keep_diff_id),
-        (
-            "--zstdchunked",
-            "--zstdchunked-record-in",
-            args.zstdchunked_record_in.is_some(),
-        ),
-        (
-            "--gzip",
-            "--gzip-compression-level",
-            args.gzip_compression_level.is_some(),
-        ),
-        (
-            "--zstd",
-            "--zstd-compression-level",
-            args.zstd_compression_level.is_some(),
-        ),
-    ];
-    check_belonging(&args.lazy, chosen, &others)?;
+    ]);
+    let chosen = chosen(&flags)?;
     if args.estargz_keep_diff_id && args.estargz_record_in.is_some() {
         bail!(
             "--estargz-keep-diff-id keeps the order of the files, --estargz-record-in changes it: leave one of them out"
@@ -68,64 +51,57 @@ pub(super) fn any(args: &ConvertArgs) -> anyhow::Result<Format> {
     }
 }
 
-/// The flag of the format that is written.
-fn one_of(flags: &[Flag]) -> anyhow::Result<&'static str> {
-    let given: Vec<&'static str> = flags
-        .iter()
-        .filter(|(_, given)| *given)
-        .map(|(name, _)| *name)
-        .collect();
-    match given.as_slice() {
-        [] => Ok("--estargz"),
-        [one] => Ok(one),
-        _ => bail!(
-            "{}: a layer has one format; leave all of them out but one",
-            given.join(" and ")
-        ),
-    }
-}
-
-/// Flags of a format that is not written are mistakes, not wishes.
-fn check_belonging(
-    lazy: &LazyArgs,
-    chosen: &str,
-    others: &[(&'static str, &'static str, bool)],
-) -> anyhow::Result<()> {
-    let of_lazy = [
+/// The flags of both commands that choose a format or that only one format has.
+fn lazy_flags(lazy: &LazyArgs) -> Vec<Flag> {
+    let level = lazy.zstdchunked_compression_level.is_some();
+    vec![
+        ("--estargz", lazy.estargz),
         (
-            "--estargz",
             "--estargz-compression-level",
             lazy.estargz_compression_level.is_some(),
         ),
-        (
-            "--estargz",
-            "--estargz-chunk-size",
-            lazy.estargz_chunk_size.is_some(),
+        ("--estargz-chunk-size", lazy.estargz_chunk_size.is_some()),
+        ("--estargz-min-chunk-size", lazy.estargz_min_chunk_size.is_some()),
+        ("--estargz-external-toc", lazy.estargz_external_toc),
+        ("--zstdchunked", lazy.zstdchunked),
+        ("--zstdchunked-compression-level", level),
+        ("--zstdchunked-chunk-size", lazy.zstdchunked_chunk_size.is_some()),
+        ("--dialect", lazy.dialect.is_some()),
+    ]
+}
+
+/// The format that these flags choose. Flags of a format that is not written are mistakes, not wishes.
+fn chosen(flags: &[Flag]) -> anyhow::Result<&'static str> {
+    let given: Vec<&'static str> = flags.iter().filter(|flag| flag.1).map(|flag| flag.0).collect();
+    let formats: Vec<&'static str> = FORMATS
+        .into_iter()
+        .filter(|format| given.contains(format))
+        .collect();
+    let chosen = match formats.as_slice() {
+        [] => "--estargz",
+        [one] => one,
+        _ => bail!(
+            "{}: a layer has one format; leave all of them out but one",
+            formats.join(" and ")
         ),
-        (
-            "--estargz",
-            "--estargz-min-chunk-size",
-            lazy.estargz_min_chunk_size.is_some(),
-        ),
-        ("--estargz", "--estargz-external-toc", lazy.estargz_external_toc),
-        (
-            "--zstdchunked",
-            "--zstdchunked-compression-level",
-            lazy.zstdchunked_compression_level.is_some(),
-        ),
-        (
-            "--zstdchunked",
-            "--zstdchunked-chunk-size",
-            lazy.zstdchunked_chunk_size.is_some(),
-        ),
-        ("--zstdchunked", "--dialect", lazy.dialect.is_some()),
-    ];
-    for (format, flag, given) in of_lazy.iter().chain(others) {
-        if *given && *format != chosen {
+    };
+    for flag in given {
+        let format = format_of(flag);
+        if format != chosen {
             bail!("{flag} belongs to {format}, but {chosen} is written: leave it out, or write {format}");
         }
     }
-    Ok(())
+    Ok(chosen)
+}
+
+/// The format that a flag belongs to: the one that its name begins with.
+fn format_of(flag: &'static str) -> &'static str {
+    let begins = |format: &&str| {
+        let rest = flag.strip_prefix(*format);
+        rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('-'))
+    };
+    // Only the dialects of zstd:chunked have a flag without it.
+    FORMATS.into_iter().find(begins).unwrap_or("--zstdchunked")
 }
 
 fn lazy_format(lazy: &LazyArgs, chosen: &str, keep_diff_id: bool, reuse: bool) -> anyhow::Result<Format> {
