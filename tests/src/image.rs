@@ -163,13 +163,18 @@ pub fn noise(seed: u64, length: usize) -> Vec<u8> {
 }
 
 /// eStargz as it is written unless something else is asked for.
-pub const ESTARGZ: write::Format = write::Format::Estargz {
-    chunk_size: 0,
-    min_chunk_size: 0,
-    level: write::DEFAULT_GZIP_LEVEL,
-    external_toc: false,
-    keep_diff_id: false,
-};
+pub const ESTARGZ: write::Format = estargz_with(0, 0, false);
+
+/// eStargz with chunks of these sizes, 0 for the defaults.
+pub const fn estargz_with(chunk_size: u64, min_chunk_size: u64, external_toc: bool) -> write::Format {
+    write::Format::Estargz {
+        chunk_size,
+        min_chunk_size,
+        level: write::DEFAULT_GZIP_LEVEL,
+        external_toc,
+        keep_diff_id: false,
+    }
+}
 
 /// zstd:chunked as it is written unless something else is asked for.
 pub const fn zstd_chunked(dialect: write::Dialect) -> write::Format {
@@ -210,13 +215,7 @@ impl Layer {
     /// An eStargz layer with chunks of this many bytes, 0 for the default; `first` are prioritized.
     pub fn estargz(tar: &[u8], chunk_size: u64, first: &[&str]) -> Self {
         let options = write::Options {
-            format: write::Format::Estargz {
-                chunk_size,
-                min_chunk_size: 0,
-                level: write::DEFAULT_GZIP_LEVEL,
-                external_toc: false,
-                keep_diff_id: false,
-            },
+            format: estargz_with(chunk_size, 0, false),
             prioritized: first.iter().map(|path| path.as_bytes().to_vec()).collect(),
             ..write::Options::default()
         };

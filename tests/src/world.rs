@@ -230,6 +230,11 @@ impl World {
         text(&output)
     }
 
+    /// Runs it with `--json`, expects success and returns what it printed.
+    pub fn json(&self, arguments: &[&str]) -> serde_json::Value {
+        serde_json::from_str(&self.ok(&[&["--json"], arguments].concat())).unwrap()
+    }
+
     /// Converts an image, with the flags that choose the format of its layers.
     pub fn convert(&self, flags: &[&str], source: &str, target: &str) {
         let arguments: Vec<&str> = [&["convert"], flags, &[source, target]].concat();

@@ -333,11 +333,11 @@ fn files_come_first_in_every_lazy_format() {
     .enumerate()
     {
         let tag = format!("o{number}");
-        let mut arguments = vec!["--json", "optimize", "--prefetch-list", list.to_str().unwrap()];
+        let mut arguments = vec!["optimize", "--prefetch-list", list.to_str().unwrap()];
         arguments.extend(flags.split_whitespace());
         let (source, target) = (vector("org"), layout.name(&tag));
         arguments.extend([source.as_str(), target.as_str()]);
-        let first: Value = serde_json::from_str(&world.ok(&arguments)).unwrap();
+        let first = world.json(&arguments);
         let layer = &first["images"][0]["layers"][0];
         let (end, size) = (
             layer["prefetch_end"].as_u64().unwrap(),
@@ -356,7 +356,7 @@ fn files_come_first_in_every_lazy_format() {
         assert_expected(&dir, flags);
         world.umount(&dir);
         // The same again is the same image, order across layers included.
-        let again: Value = serde_json::from_str(&world.ok(&arguments)).unwrap();
+        let again = world.json(&arguments);
         assert_eq!(again["manifest_digest"], first["manifest_digest"], "{flags}");
     }
 }

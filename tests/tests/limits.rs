@@ -9,7 +9,7 @@ use peel_image::Digest;
 use peel_image::annotations::{LAYER_DIGEST, PODMAN_MANIFEST_POSITION, TOC_IMAGE_SUFFIX};
 use peel_image::estargz::{TOC_JSON_MAX, TOC_MEMBER_MAX};
 use peel_image::write::{Dialect, Format};
-use peel_tests::image::{ESTARGZ, Layer, Tar, entry, gzip, noise, push, zstd_chunked};
+use peel_tests::image::{ESTARGZ, Layer, Tar, entry, estargz_with, gzip, noise, push, zstd_chunked};
 use peel_tests::world::{World, errors, read};
 use serde_json::{Value, json};
 
@@ -25,7 +25,7 @@ fn written(format: Format) -> Layer {
 
 /// What `peel inspect` says of the first layer, which is not lazy.
 fn not_lazy(world: &World, name: &str) -> String {
-    let report: Value = serde_json::from_str(&world.ok(&["--json", "inspect", name])).unwrap();
+    let report = world.json(&["inspect", name]);
     let layer = &report["layers"][0];
     assert_eq!(layer["lazy"], json!(false), "{report}");
     layer["not_lazy"].as_str().unwrap().to_owned()
@@ -125,7 +125,7 @@ fn a_position_that_says_more_than_the_limit() {
     );
     // A hint that cannot be right is not used: the footer says the same thing rightly.
     let name = push(&registry, "app", "hint", std::slice::from_ref(&layer));
-    let report: Value = serde_json::from_str(&world.ok(&["--json", "inspect", &name])).unwrap();
+    let report = world.json(&["inspect", &name]);
     assert_eq!(report["layers"][0]["toc_origin"], json!("footer"), "{report}");
     assert_eq!(report["layers"][0]["lazy"], json!(true), "{report}");
     // The same number in the footer.
@@ -166,13 +166,7 @@ fn push_beside(registry: &Registry, tag: &str, of: &Layer, toc: &[u8], size: u64
 
 #[test]
 fn a_table_of_contents_beside_the_image_beyond_its_limit() {
-    let external = Format::Estargz {
-        chunk_size: 0,
-        min_chunk_size: 0,
-        level: 6,
-        external_toc: true,
-        keep_diff_id: false,
-    };
+    let external = estargz_with(0, 0, true);
     let world = World::new();
     let registry = world.registry();
     let layer = written(external);

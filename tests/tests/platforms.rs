@@ -237,7 +237,6 @@ fn only_this_machines_image_is_optimized() {
     let list = world.path("list");
     std::fs::write(&list, "arch\n").unwrap();
     let arguments = [
-        "--json",
         "optimize",
         "--all-platforms",
         "--prefetch-list",
@@ -245,7 +244,7 @@ fn only_this_machines_image_is_optimized() {
         &source,
         &target,
     ];
-    let outcome: Value = serde_json::from_str(&world.ok(&arguments)).unwrap();
+    let outcome = world.json(&arguments);
     for image in outcome["images"].as_array().unwrap() {
         let first: Vec<bool> = image["layers"]
             .as_array()
@@ -305,8 +304,7 @@ fn indexes_within_an_index_are_followed() {
             world.ok(&["cat", "--platform", &wanted, &name, "/arch"]),
             platform
         );
-        let report: Value =
-            serde_json::from_str(&world.ok(&["--json", "inspect", "--platform", &wanted, &name])).unwrap();
+        let report = world.json(&["inspect", "--platform", &wanted, &name]);
         assert_eq!(report["layers"].as_array().unwrap().len(), 2);
     }
     let dir = world.mount(&name, "root");

@@ -13,13 +13,7 @@ use serde_json::Value;
 
 /// Converts and returns what `--json` says.
 fn convert(world: &World, flags: &[&str], source: &str, target: &str) -> Value {
-    let arguments: Vec<&str> = ["--json", "convert"]
-        .iter()
-        .chain(flags)
-        .chain(&[source, target])
-        .copied()
-        .collect();
-    serde_json::from_str(&world.ok(&arguments)).unwrap()
+    world.json(&[&["convert"], flags, &[source, target]].concat())
 }
 
 /// How each layer of the first image came about.
@@ -217,7 +211,6 @@ fn kept_layers_are_taken_over_from_another_repository() {
     let list = world.path("list");
     fs::write(&list, "bin/sh\n").unwrap();
     let arguments = [
-        "--json",
         "optimize",
         "--reuse",
         "--prefetch-list",
@@ -225,6 +218,6 @@ fn kept_layers_are_taken_over_from_another_repository() {
         &name("team/one"),
         &name("team/three"),
     ];
-    let optimized: Value = serde_json::from_str(&world.ok(&arguments)).unwrap();
+    let optimized = world.json(&arguments);
     assert_eq!(how(&optimized), ["converted", "kept", "kept"]);
 }

@@ -14,8 +14,7 @@ fn an_image_goes_to_docker_registry_and_comes_back_lazily() {
     world.ok(&["convert", &vector("org"), &name]);
     let dir = world.mount(&name, "root");
     assert_expected(&dir, "through docker-registry");
-    let inspected: serde_json::Value =
-        serde_json::from_str(&world.ok(&["inspect", "--json", &name])).unwrap();
+    let inspected = world.json(&["inspect", &name]);
     assert!(
         inspected["layers"]
             .as_array()

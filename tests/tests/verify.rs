@@ -264,7 +264,7 @@ fn nothing_is_downloaded_twice_unless_asked_for() {
 
 /// What `inspect` says of the check of the only layer: for machines and for people.
 fn inspected(world: &World, name: &str) -> (Value, String) {
-    let report: Value = serde_json::from_str(&world.ok(&["--json", "inspect", name])).unwrap();
+    let report = world.json(&["inspect", name]);
     let text = world.ok(&["inspect", name]);
     let line = text.lines().find(|line| line.contains("checked:")).unwrap();
     (report["layers"][0]["check"].clone(), line.to_owned())
