@@ -20,6 +20,7 @@
 pub(crate) mod assemble;
 pub(crate) mod claim;
 mod complete;
+mod deadlines;
 mod decode;
 mod deliver;
 pub(crate) mod early;
@@ -27,7 +28,7 @@ pub(crate) mod layer;
 pub(crate) mod prefetch;
 mod transfer;
 
-use std::collections::{BTreeSet, VecDeque};
+use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
@@ -45,6 +46,7 @@ use crate::object::{Answer, Backing, Object, Presence, Snapshot, Table, Waiter, 
 use crate::{Options, Stats, lock};
 use claim::Claimed;
 use complete::Completer;
+use deadlines::Deadlines;
 use decode::{Decoders, Job, Lane};
 use layer::{Layer, LayerFile};
 
@@ -85,8 +87,7 @@ pub(crate) struct Engine {
     completer: Completer,
     demand: transfer::Limits,
     prefetch: transfer::Limits,
-    /// Reads that began to wait, oldest first, as deadline and object number.
-    deadlines: Mutex<VecDeque<(Instant, u32)>>,
+    deadlines: Deadlines,
     read_deadline: Duration,
     indexes_max: u64,
     readers: Arc<Semaphore>,
@@ -124,7 +125,7 @@ impl Engine {
             completer: Completer::start()?,
             demand: transfer::Limits::demand(),
             prefetch: transfer::Limits::prefetch(),
-            deadlines: Mutex::default(),
+            deadlines: Deadlines::default(),
             read_deadline: options.read_deadline,
             indexes_max: options.indexes_max,
             readers: Arc::new(Semaphore::new(READERS)),
@@ -279,7 +280,7 @@ impl Engine {
         };
         match (outcome, answer) {
             (Outcome::Wait(chunks), _) => {
-                lock(&self.deadlines).push_back((deadline, object.number));
+                self.deadlines.push(deadline, object.number);
                 for chunk in chunks {
                     self.demand(object, chunk);
                 }
@@ -514,7 +515,7 @@ impl Engine {
         let mut state = lock(&object.state);
         state.opens = state.opens.saturating_sub(1);
         if state.opens == 0 {
-            deliver::rest(&mut state);
+            state.rest();
         }
     }
 
@@ -577,18 +578,7 @@ impl Engine {
 
     /// Fails the reads whose deadline has passed.
     fn expire(&self, now: Instant) {
-        loop {
-            let number = {
-                let mut deadlines = lock(&self.deadlines);
-                match deadlines.front() {
-                    Some((deadline, number)) if *deadline <= now => {
-                        let number = *number;
-                        deadlines.pop_front();
-                        number
-                    }
-                    _ => return,
-                }
-            };
+        while let Some(number) = self.deadlines.due(now) {
             let Some(object) = self.table.get(number) else {
                 continue;
             };

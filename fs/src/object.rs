@@ -269,6 +269,18 @@ impl State {
         self.list = Some(list);
     }
 
+    /// Lets go of files that nobody needs open: a process may only have so many.
+    pub(crate) fn rest(&mut self) {
+        if self.opens > 0 || !self.flights.is_empty() || !self.waiters.is_empty() {
+            return;
+        }
+        match &mut self.backing {
+            Backing::Partial(_) => self.backing = Backing::Unknown,
+            Backing::Complete(file) => *file = None,
+            Backing::Unknown | Backing::Nothing => {}
+        }
+    }
+
     /// The bytes of a range, if they are here and may be exposed.
     pub(crate) fn snapshot(&self, offset: u64, length: usize) -> Option<Snapshot> {
         if let Backing::Complete(_) = self.backing {
@@ -428,6 +440,7 @@ impl Object {
             .into_iter()
             .partition(|waiter| waiter.deadline <= now);
         state.waiters = waiting;
+        state.rest();
         expired
     }
 

@@ -208,6 +208,26 @@ fn an_outage_delays_reads_and_an_endless_one_fails_them() {
 }
 
 #[test]
+fn a_read_that_failed_leaves_no_file_open() {
+    let registry = registry();
+    let host = Host::with(Options {
+        read_deadline: Duration::from_millis(500),
+        ..Options::default()
+    });
+    let mount = host.open(&registry.image("esgz"));
+    // Longer than reads wait: the request goes on for a while when nobody waits for it any more.
+    registry.behaviour.delay.store(1500, Ordering::SeqCst);
+    registry.behaviour.down.store(true, Ordering::SeqCst);
+    fs::read(mount.path(BIG)).unwrap_err();
+    let partial = host.store.join("partial");
+    eventually("no descriptor of a partial object is left", || {
+        let open = fs::read_dir("/proc/self/fd").unwrap().flatten();
+        let mut open = open.filter_map(|fd| fs::read_link(fd.path()).ok());
+        !open.any(|path| path.starts_with(&partial))
+    });
+}
+
+#[test]
 fn reads_that_wait_hold_nobody_up() {
     let mut files: Vec<(String, Vec<u8>)> = (0..64)
         .map(|number| (format!("small{number}"), noise(number, 20_000)))

@@ -5,7 +5,7 @@
 //!
 //! | path below the root | what | made durable by |
 //! |---|---|---|
-//! | `version` | layout of the directory, one line | written once, when the store is made |
+//! | `version` | layout of the directory, one line | `fsync` of file and directory, when the store is made |
 //! | `lock` | `flock` of the process that owns the store; holds its process id | - |
 //! | `marker` | JSON: boot id, clean or not, time of the last checkpoint ([`recovery`]) | `fsync` of file and directory |
 //! | `objects/ab/cdef...` | complete files by sha256, mode 0444; an overlay data layer | checkpoint; re-hashed after a power loss |
@@ -33,7 +33,7 @@ pub mod recovery;
 pub mod usage;
 
 use std::fs::{self, File};
-use std::io;
+use std::io::{self, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
@@ -65,6 +65,16 @@ const DIRECTORIES: [(&str, u32); 10] = [
     ("records/verdicts", 0o700),
     ("tmp", 0o700),
     ("mounts", 0o700),
+];
+
+/// What else may be in the root of a store whose version is lost.
+const FILES: [&str; 6] = [
+    "version",
+    "lock",
+    "marker",
+    "marker.new",
+    "lost-objects",
+    "lost+found",
 ];
 
 /// The socket's directory, apart because the server may find it in use.
@@ -122,7 +132,7 @@ impl Store {
             }),
         };
         if fresh {
-            store.replace_file(&store.root().join("version"), format!("{LAYOUT}\n").as_bytes())?;
+            store.write_version()?;
         }
         Ok(store)
     }
@@ -158,12 +168,19 @@ impl Store {
         self.root().join(format!("tmp/{}-{number}", std::process::id()))
     }
 
-    /// Writes a file under another name and renames it, so that readers see the old or the new content. Not durable.
-    fn replace_file(&self, path: &Path, content: &[u8]) -> Result<(), Error> {
+    /// Makes the directory a store, durably: without its version a store that is not empty is no store.
+    fn write_version(&self) -> Result<(), Error> {
+        let path = &self.root().join("version");
         let temporary = self.temporary_path();
-        let result = fs::write(&temporary, content)
-            .context("write", &temporary)
-            .and_then(|()| fs::rename(&temporary, path).context("rename to", path));
+        let write = || -> Result<(), Error> {
+            let mut file = File::create(&temporary).context("make", &temporary)?;
+            file.write_all(format!("{LAYOUT}\n").as_bytes())
+                .and_then(|()| file.sync_all())
+                .context("write", &temporary)?;
+            fs::rename(&temporary, path).context("rename to", path)?;
+            rustix::fs::fsync(&self.inner.root_fd).context("sync", self.root())
+        };
+        let result = write();
         if result.is_err() {
             remove_quietly(&temporary);
         }
@@ -202,6 +219,8 @@ fn check_root(root: &Path) -> Result<bool, Error> {
     let mode = metadata.mode() & 0o7777;
     let version = root.join("version");
     match fs::read(&version) {
+        // What a power loss may leave of a version that was not durable.
+        Ok(content) if content.is_empty() => become_store(root),
         Ok(content) => {
             let found = String::from_utf8_lossy(content.get(..content.len().min(64)).unwrap_or_default());
             if found.trim_end() != LAYOUT {
@@ -219,23 +238,28 @@ fn check_root(root: &Path) -> Result<bool, Error> {
             }
             Ok(false)
         }
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            // An interrupted first open leaves some of our directories; a fresh ext4 has lost+found.
-            for entry in fs::read_dir(root).context("list", root)? {
-                let name = entry.context("list", root)?.file_name();
-                let ours = DIRECTORIES
-                    .into_iter()
-                    .chain([RUN_DIRECTORY])
-                    .any(|(directory, _)| name == directory);
-                if !ours && name != "lost+found" {
-                    return Err(Error::NotAStore(root.to_owned()));
-                }
-            }
-            fs::set_permissions(root, fs::Permissions::from_mode(0o700)).context("set the mode of", root)?;
-            Ok(true)
-        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => become_store(root),
         Err(error) => Err(error).context("read", &version),
     }
+}
+
+/// Takes a directory that holds nothing but ours; always true. An interrupted first open leaves some of our directories and files, and
+/// a fresh ext4 has lost+found.
+fn become_store(root: &Path) -> Result<bool, Error> {
+    for entry in fs::read_dir(root).context("list", root)? {
+        let name = entry.context("list", root)?.file_name();
+        let ours = DIRECTORIES
+            .into_iter()
+            .chain([RUN_DIRECTORY])
+            .map(|(directory, _)| directory)
+            .chain(FILES)
+            .any(|known| name == known);
+        if !ours {
+            return Err(Error::NotAStore(root.to_owned()));
+        }
+    }
+    fs::set_permissions(root, fs::Permissions::from_mode(0o700)).context("set the mode of", root)?;
+    Ok(true)
 }
 
 /// Removes a file whose absence is no news; anything else is logged, because nobody can act on it.

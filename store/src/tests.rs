@@ -75,6 +75,28 @@ fn an_empty_directory_becomes_a_store() {
 }
 
 #[test]
+fn a_store_whose_version_a_power_loss_emptied_is_a_store() {
+    let directory = tempfile::tempdir().unwrap();
+    let digest = Digest::of(b"x");
+    {
+        let store = Store::open(directory.path()).unwrap();
+        store.lock().unwrap();
+        store.add_verified(&digest, b"x").unwrap();
+    }
+    let version = directory.path().join("version");
+    fs::write(&version, "").unwrap();
+    let store = Store::open(directory.path()).unwrap();
+    store.lock().unwrap();
+    assert!(store.has_object(&digest));
+    assert_eq!(fs::read_to_string(&version).unwrap().trim_end(), LAYOUT);
+    drop(store);
+    // An empty file of that name makes nothing else a store.
+    fs::write(&version, "").unwrap();
+    fs::write(directory.path().join("other"), "").unwrap();
+    assert!(matches!(Store::open(directory.path()), Err(Error::NotAStore(_))));
+}
+
+#[test]
 fn foreign_directories_are_refused_and_left_alone() {
     let directory = tempfile::tempdir().unwrap();
     let root = directory.path().join("other");

@@ -85,6 +85,7 @@ impl Drop for Claim {
             state.failures = state.failures.saturating_add(1);
             let waited_for = state.waiters.iter().any(|waiter| waiter.missing.contains(&chunk));
             if !waited_for {
+                state.rest();
                 Next::Nothing
             } else if state.is_stuck() && state.turn() {
                 Next::StartOver(std::mem::take(&mut state.waiters))

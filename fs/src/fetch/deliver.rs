@@ -11,7 +11,7 @@ use super::claim::Claim;
 use super::complete::Completion;
 use super::{Engine, fail};
 use crate::lock;
-use crate::object::{Backing, Flight, ListId, Object, Snapshot, State, Waiter};
+use crate::object::{Backing, Flight, ListId, Object, Snapshot, Waiter};
 
 impl Claim {
     /// The chunk's bytes are here and verified.
@@ -128,7 +128,7 @@ impl Claim {
         let mut state = lock(&object.state);
         if state.generation == generation {
             state.flights.remove(&chunk);
-            rest(&mut state);
+            state.rest();
         }
     }
 
@@ -158,6 +158,9 @@ impl Claim {
                     state.wrong_turns = 0;
                     state.wrong.remove(&chunk);
                     (failed, state.waiters) = std::mem::take(&mut state.waiters).into_iter().partition(waits);
+                }
+                if !again {
+                    state.rest();
                 }
             }
         }
@@ -269,16 +272,4 @@ impl Engine {
 pub(super) fn is_false(error: &peel_store::Error) -> bool {
     use peel_store::Error::{DigestMismatch, Discarded};
     matches!(error, DigestMismatch { .. } | Discarded(_))
-}
-
-/// Lets go of files that nobody needs open: a process may only have so many.
-pub(super) fn rest(state: &mut State) {
-    if state.opens > 0 || !state.flights.is_empty() || !state.waiters.is_empty() {
-        return;
-    }
-    match &mut state.backing {
-        Backing::Partial(_) => state.backing = Backing::Unknown,
-        Backing::Complete(file) => *file = None,
-        Backing::Unknown | Backing::Nothing => {}
-    }
 }
