@@ -1,6 +1,7 @@
 //! Writing layers, all cores, from the page cache: eStargz at the setting whose size equals that of `gzip -6` against `pigz -6`,
-//! and both dialects of zstd:chunked at level 3 against `zstd -3 -T2`, on the same tar stream. Shown beside each ratio: sizes,
-//! processor time, and the most memory that each side had.
+//! and both dialects of zstd:chunked at level 3 against `zstd -3 -T2`, on the same tar stream: real files, and text that
+//! repeats itself across files, which suits a compressor that knows no files. Shown beside each ratio: sizes, processor time,
+//! and the most memory that each side had.
 
 use std::cell::Cell;
 use std::fs::File;
@@ -14,10 +15,13 @@ use peel_bench::image::tar_file;
 use peel_bench::measuring;
 use peel_bench::pair::{Comparisons, timed};
 use peel_bench::usage::{self, Usage};
+use peel_bench::usr;
 use peel_image::write::{Dialect, Format, Options, write};
 
 /// Threads of `zstd`, as many as the machine has that the ratio is meant for.
 const ZSTD_THREADS: &str = "-T2";
+/// Bytes of real files.
+const USR: u64 = 180 << 20;
 
 /// One side of a comparison: a way to make a blob of the tar stream.
 struct Side<'a> {
@@ -96,23 +100,10 @@ fn estargz_settings() -> impl Iterator<Item = Format> {
     })
 }
 
-fn main() -> anyhow::Result<()> {
-    let dir = peel_bench::scratch(Path::new(env!("CARGO_TARGET_TMPDIR")))?;
-    let files = Files::new(if measuring() { 3000 } else { 30 }, 1 << 10, 64 << 10, Kind::Text);
-    let files = if measuring() {
-        files.with_large(4, 20 << 20)
-    } else {
-        files
-    };
-    // Another tar stream can be named instead, such as that of a real layer.
-    let tar = match std::env::var_os("PEEL_BENCH_TAR") {
-        Some(path) => PathBuf::from(path),
-        None => tar_file(dir.path(), &files)?,
-    };
-    let what = format!("{} MB", std::fs::metadata(&tar)?.len() / 1_000_000);
-    let mut comparisons = Comparisons::new("convert");
-
-    let (ours, pigz) = (Side::new(&tar), Side::new(&tar));
+/// Measures with one tar stream.
+fn compare(comparisons: &mut Comparisons, name: &str, tar: &Path) -> anyhow::Result<()> {
+    let what = format!("{} MB of {name}", std::fs::metadata(tar)?.len() / 1_000_000);
+    let (ours, pigz) = (Side::new(tar), Side::new(tar));
     pigz.size.set(pigz.output_size("pigz", &["-6", "--stdout"])?);
     let mut chosen = Format::ESTARGZ;
     for format in estargz_settings() {
@@ -122,12 +113,12 @@ fn main() -> anyhow::Result<()> {
             break;
         }
     }
-    println!("as small as gzip -6: {chosen:?}");
+    println!("{what}: as small as gzip -6: {chosen:?}");
     let mut run_ours = || ours.ours(chosen);
     let mut run_pigz = || pigz.theirs("pigz", &["-6", "--stdout"]);
     comparisons.compare(&what, [("estargz", &mut run_ours), ("pigz -6", &mut run_pigz)])?;
 
-    let (podman, stargz, zstd) = (Side::new(&tar), Side::new(&tar), Side::new(&tar));
+    let (podman, stargz, zstd) = (Side::new(tar), Side::new(tar), Side::new(tar));
     let arguments = ["-3", ZSTD_THREADS, "--stdout", "--quiet"];
     zstd.size.set(zstd.output_size("zstd", &arguments)?);
     let mut run_podman = || podman.ours(Format::zstd_chunked(Dialect::Podman));
@@ -141,7 +132,6 @@ fn main() -> anyhow::Result<()> {
             ("zstd -3 -T2", &mut run_zstd),
         ],
     )?;
-    comparisons.finish();
     for (name, side) in [
         ("estargz", &ours),
         ("pigz -6", &pigz),
@@ -149,7 +139,25 @@ fn main() -> anyhow::Result<()> {
         ("zstd:chunked (stargz)", &stargz),
         ("zstd -3 -T2", &zstd),
     ] {
-        side.show(name);
+        side.show(&format!("{what}: {name}"));
     }
+    Ok(())
+}
+
+fn main() -> anyhow::Result<()> {
+    let dir = peel_bench::scratch(Path::new(env!("CARGO_TARGET_TMPDIR")))?;
+    let mut comparisons = Comparisons::new("convert");
+    // Another tar stream can be named instead, such as that of a real layer.
+    if let Some(path) = std::env::var_os("PEEL_BENCH_TAR") {
+        compare(&mut comparisons, "a layer", Path::new(&path))?;
+    } else if measuring() {
+        compare(&mut comparisons, "/usr", &usr::tar_file(dir.path(), USR)?)?;
+        let text = Files::new(3000, 1 << 10, 64 << 10, Kind::Text).with_large(4, 20 << 20);
+        compare(&mut comparisons, "text", &tar_file(dir.path(), &text)?)?;
+    } else {
+        let text = Files::new(30, 1 << 10, 64 << 10, Kind::Text);
+        compare(&mut comparisons, "text", &tar_file(dir.path(), &text)?)?;
+    }
+    comparisons.finish();
     Ok(())
 }

@@ -9,7 +9,7 @@
 //! | `convert` | tar stream to eStargz; to zstd:chunked | `pigz -6`; `zstd -3 -T2` of the same stream |
 //! | `toc` | TOC of 100,000 entries to the tree, each dialect | `tar tf` of the same layer |
 //!
-//! * [`files`]: trees of files that are the same in every run, as tar stream and as directory.
+//! * [`files`]: trees of files that are the same in every run, as tar stream and as directory. * [`usr`]: real files.
 //! * [`image`]: such a tree as an image in an embedded registry.
 //! * [`host`]: a store, its service, and detached mounts; nothing appears in the mount table or outlives the process.
 //! * [`pair`]: both sides measured, and their ratio. * [`usage`]: processor time and memory of each.
@@ -22,6 +22,7 @@ pub mod host;
 pub mod image;
 pub mod pair;
 pub mod usage;
+pub mod usr;
 
 use std::path::Path;
 

@@ -27,7 +27,7 @@ use crate::tar_split::Crc64;
 /// Small files go to the workers together, up to this many bytes: handing over costs more than compressing one of them.
 const BATCH: usize = 512 << 10;
 /// A file of no more bytes is in one batch as a whole, and a worker hashes it.
-const SMALL: u64 = 1 << 20;
+const SMALL: u64 = 128 << 10;
 /// Bytes of a large file that are looked at together.
 const BLOCK: usize = 128 << 10;
 /// Most batches whose memory is kept for others: fresh memory costs more than what is copied into it.
