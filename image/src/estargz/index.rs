@@ -89,6 +89,28 @@ pub(crate) fn read_verified(json: &[u8], rules: &Rules, expected: Digest) -> Res
         .map_err(Unusable::Toc)
 }
 
+/// Whether reading in short parts gives what reading the whole gives, for every TOC that is read in parts at all. For the fuzz
+/// targets.
+#[doc(hidden)]
+pub fn parts_agree(json: &[u8], payload_end: u64) -> bool {
+    [false, true].into_iter().all(|any_order| {
+        let rules = Rules {
+            any_order,
+            ..rules(payload_end)
+        };
+        let whole = whole::read(json, &rules).ok();
+        [100, 1000, json.len().max(1)].into_iter().all(|part| {
+            let plan = Plan {
+                helpers: 0,
+                part,
+                hash: false,
+            };
+            let (index, _) = parts::read(json, &rules, plan);
+            index.is_none() || index == whole
+        })
+    })
+}
+
 fn check_length(json: &[u8]) -> Result<(), TocError> {
     match u64::try_from(json.len()) {
         Ok(length) if length <= TOC_JSON_MAX => Ok(()),

@@ -3,7 +3,7 @@
 use proptest::prelude::*;
 
 use super::*;
-use crate::estargz::index::rules;
+use crate::estargz::index::{parts_agree, rules};
 use crate::estargz::testing;
 use crate::zstd_chunked::{self, Dialect};
 
@@ -23,6 +23,7 @@ fn plans() -> impl Iterator<Item = Plan> {
 /// Reads in every way, which must all agree. Returns how many of them were in parts.
 fn compare(json: &[u8], rules: &Rules) -> usize {
     let expected = whole::read(json, rules).ok();
+    assert!(parts_agree(json, rules.payload_end));
     let mut read = 0;
     for plan in plans() {
         let (index, digest) = super::read(json, rules, plan);
