@@ -16,6 +16,8 @@ mod archive;
 mod auth;
 mod client;
 mod error;
+#[cfg(fuzzing)]
+pub mod fuzzing;
 mod layout;
 mod name;
 mod options;

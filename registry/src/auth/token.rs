@@ -38,7 +38,7 @@ pub(crate) struct TokenKey {
 #[derive(Debug)]
 pub(crate) struct Token {
     pub(crate) header: HeaderValue,
-    expires: Instant,
+    pub(crate) expires: Instant,
 }
 
 /// A place in the cache that one request fills and others wait for.

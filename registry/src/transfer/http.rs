@@ -266,7 +266,7 @@ impl HttpStream {
 }
 
 /// `bytes FIRST-LAST/TOTAL` with `*` for an unknown total (RFC 9110, section 14.4).
-fn parse_content_range(value: &str) -> Option<(u64, u64, Option<u64>)> {
+pub(crate) fn parse_content_range(value: &str) -> Option<(u64, u64, Option<u64>)> {
     let (range, total) = value.trim().strip_prefix("bytes ")?.split_once('/')?;
     let (first, last) = range.trim().split_once('-')?;
     let total = match total.trim() {
