@@ -512,10 +512,18 @@ impl Engine {
 
     /// The end of an open through FUSE.
     pub(crate) fn closed(&self, object: &Object) {
-        let mut state = lock(&object.state);
-        state.opens = state.opens.saturating_sub(1);
-        if state.opens == 0 {
-            state.rest();
+        let (last, complete) = {
+            let mut state = lock(&object.state);
+            state.opens = state.opens.saturating_sub(1);
+            let last = state.opens == 0;
+            if last {
+                state.rest();
+            }
+            (last, matches!(state.backing, Backing::Complete(_)))
+        };
+        // While it was open, no overlay could be made to forget where it had found it.
+        if let (true, true, Some(events)) = (last, complete, self.events()) {
+            events.completed();
         }
     }
 

@@ -2,8 +2,11 @@
 //! the overlays are made to forget what is not in use, so that the next open finds the object in the store and no
 //! daemon on its path any more.
 //!
-//! Forgetting costs an overlay its cached names, which the EROFS image gives back cheaply; so it waits for a pause in
-//! the completions, and while there is none it is done rarely.
+//! An overlay does not forget what is open, so the last close of a completed file counts like a completion.
+//!
+//! Forgetting costs an overlay its cached names, which the EROFS image gives back cheaply. The first messages after a time of
+//! calm are heeded almost at once, because until then the file fails if this process is killed; behind them, the overlays
+//! wait for a pause in the messages, and while there is none it is done rarely.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, Mutex, Weak};
@@ -15,6 +18,11 @@ use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
 use crate::error::Error;
 use crate::{lock, mount};
 
+/// How long after the overlays were made to forget a message is the first of another burst.
+const CALM: Duration = Duration::from_secs(1);
+/// Delays after the first messages of a burst. A file that completes under its reader takes two: it completes, and is closed; the
+/// kernel tells of that just before it lets go of the name.
+const FIRST: [Duration; 2] = [Duration::from_millis(5), Duration::from_millis(20)];
 /// A pause in the completions that means that a burst is over.
 const QUIET: Duration = Duration::from_millis(200);
 /// Longest delay while completions go on.
@@ -62,13 +70,22 @@ impl Native {
 }
 
 fn work(completed: &Receiver<()>, overlays: &Mutex<Vec<Weak<OwnedFd>>>) {
+    let mut last: Option<Instant> = None;
+    let mut first = FIRST.iter();
     while completed.recv().is_ok() {
-        let latest = Instant::now() + LONGEST;
-        loop {
-            match completed.recv_timeout(QUIET) {
-                Ok(()) if Instant::now() < latest => {}
-                Ok(()) | Err(RecvTimeoutError::Timeout) => break,
-                Err(RecvTimeoutError::Disconnected) => return,
+        if last.is_none_or(|last| last.elapsed() >= CALM) {
+            first = FIRST.iter();
+        }
+        if let Some(delay) = first.next() {
+            thread::sleep(*delay);
+        } else {
+            let latest = Instant::now() + LONGEST;
+            loop {
+                match completed.recv_timeout(QUIET) {
+                    Ok(()) if Instant::now() < latest => {}
+                    Ok(()) | Err(RecvTimeoutError::Timeout) => break,
+                    Err(RecvTimeoutError::Disconnected) => return,
+                }
             }
         }
         let live: Vec<Arc<OwnedFd>> = lock(overlays).iter().filter_map(Weak::upgrade).collect();
@@ -77,5 +94,6 @@ fn work(completed: &Receiver<()>, overlays: &Mutex<Vec<Weak<OwnedFd>>>) {
                 tracing::warn!(%error, "an overlay keeps reading completed files through FUSE");
             }
         }
+        last = Some(Instant::now());
     }
 }

@@ -334,6 +334,27 @@ fn a_registry_that_hangs_holds_up_its_own_images_only() {
 }
 
 #[test]
+fn a_file_that_was_open_when_it_completed_needs_no_daemon() {
+    let registry = registry();
+    let host = Host::new();
+    let image = host.load(&registry.image("esgz"));
+    let mut mount = host.mount(&image);
+    drop(image);
+    let mut open = File::open(mount.path(BIG)).unwrap();
+    let mut bytes = Vec::new();
+    open.read_to_end(&mut bytes).unwrap();
+    let digest = Digest::of(&bytes);
+    eventually("the file becomes an object", || host.object(&digest).exists());
+    // By now the overlay was made to forget, but for what is open.
+    thread::sleep(Duration::from_secs(1));
+    drop(open);
+    thread::sleep(Duration::from_secs(1));
+    mount.forget();
+    host.service.clone().stop();
+    assert_eq!(digest_of(&mount.path(BIG)), digest, "read without the daemon");
+}
+
+#[test]
 fn a_completed_file_needs_no_daemon() {
     let registry = registry();
     let host = Host::new();
