@@ -1,6 +1,6 @@
 //! The meaning of a TOC: JSON to [`LayerIndex`], with everything checked that can be checked before a byte is fetched.
 //!
-//! [`crate::lazy`] and [`crate::zstd_chunked`] call this after the TOC's digest was compared; both formats have the same JSON but
+//! [`crate::lazy`] calls this with the digest that the TOC must have, or after it was compared; both formats have the same JSON but
 //! for some fields, and [`Rules`] says what else differs. What holds afterwards: every path is clean, the
 //! chunks of every file cover it from 0 to its size without gaps, every stream lies inside the payload, streams follow
 //! one another and chunks in one stream do not overlap (unless the rules allow it), and the chunk of a single-chunk file has the

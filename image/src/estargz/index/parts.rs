@@ -1,4 +1,5 @@
-//! A TOC in parts, which several threads read at once, and its digest beside that. Called by [`super::read_by`].
+//! A TOC in parts, which several threads read at once, and its digest beside that. Called by [`super::read_index_by`] and
+//! [`super::read_verified`].
 //!
 //! Where an entry begins is a guess: a brace behind a brace and a comma. The part before it shows whether it is right, by ending
 //! there exactly; so what comes out is what comes out of the whole, whatever the number of threads. Where that is not so, where
@@ -58,7 +59,9 @@ impl Plan {
     }
 }
 
-/// Reads a TOC, and hashes it if asked to. No index if there is anything unusual about it.
+/// Reads a TOC, and hashes it if asked to. No index if there is anything unusual about it. Nothing is wrong with making one of JSON
+/// whose digest turns out to be another, as long as the caller compares that before it looks at the index: memory and time are
+/// bounded by the length of the JSON, and no more parts are read once one of them does not fit.
 pub(super) fn read(json: &[u8], rules: &Rules, plan: Plan) -> (Option<LayerIndex>, Option<Digest>) {
     let Plan { helpers, part, hash } = plan;
     let Some(parts) = Parts::new(json, part) else {
