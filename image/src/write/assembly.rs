@@ -91,12 +91,17 @@ where
     thread::scope(|scope| {
         let coding = settings.coding;
         let needs_tar = sequence.hashed.is_none();
+        let (done, rooms) = bounded::<Vec<u8>>(UNWRITTEN);
         let worker = move || {
             let mut tools = coding
                 .start()
                 .and_then(|coder| Ok((coder, coding.start_undoing()?)));
+            let rooms = rooms.clone();
             move |pieces| match &mut tools {
-                Ok((coder, undo)) => finish_pieces(coder, undo, pieces, needs_tar),
+                Ok((coder, undo)) => {
+                    let room = rooms.try_recv().unwrap_or_default();
+                    finish_pieces(coder, undo, pieces, needs_tar, room)
+                }
                 Err(error) => Err(WriteError::Compressor(io::Error::new(
                     error.kind(),
                     error.to_string(),
@@ -118,7 +123,7 @@ where
         let (unwritten, buffers) = bounded::<Vec<u8>>(UNWRITTEN);
         let blob = thread::Builder::new()
             .name("layer-blob".to_owned())
-            .spawn_scoped(scope, move || write_blob(Blob::new(output), &buffers))
+            .spawn_scoped(scope, move || write_blob(Blob::new(output), &buffers, &done))
             .map_err(WriteError::Thread)?;
         let mut assembly = Assembly {
             settings,
@@ -175,9 +180,17 @@ fn tar_hash(
     }
 }
 
-fn write_blob<W: Write>(mut blob: Blob<W>, buffers: &Receiver<Vec<u8>>) -> Result<Blob<W>, WriteError> {
-    for buffer in buffers {
+/// `done` takes the buffers back: fresh memory costs more than what is copied into it.
+fn write_blob<W: Write>(
+    mut blob: Blob<W>,
+    buffers: &Receiver<Vec<u8>>,
+    done: &Sender<Vec<u8>>,
+) -> Result<Blob<W>, WriteError> {
+    for mut buffer in buffers {
         blob.write(&buffer)?;
+        buffer.clear();
+        // Enough of them are waiting already, or nobody wants them any more.
+        let _unwanted = done.try_send(buffer);
     }
     Ok(blob)
 }
@@ -204,8 +217,12 @@ fn finish_pieces(
     undo: &mut Undo,
     pieces: Vec<Piece>,
     needs_tar: bool,
+    room: Vec<u8>,
 ) -> Result<Finished, WriteError> {
-    let mut finished = Finished::default();
+    let mut finished = Finished {
+        blob: room,
+        ..Finished::default()
+    };
     let stored = |piece: &Piece| match piece {
         Piece::Ready(stored, _) => stored.len(),
         Piece::Plain(_) | Piece::Shared(..) => 0,

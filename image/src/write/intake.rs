@@ -314,7 +314,9 @@ impl<S: Read + Write + Seek> Running<'_, S> {
             return Ok(());
         }
         if size > SMALL {
-            return self.read_large(size, content, name);
+            let is_one_chunk =
+                matches!(self.settings.split, Split::Fixed(chunk_size) if size <= chunk_size as u64);
+            return self.read_large(size, content, name, is_one_chunk);
         }
         let start = self.batch.data.len();
         let length = usize::try_from(size).map_err(|_| WriteError::ChunkSize(size))?;
@@ -336,6 +338,7 @@ impl<S: Read + Write + Seek> Running<'_, S> {
                 end: at + length,
                 zeros,
                 file: None,
+                is_hashed: false,
             });
             at += length;
         };
@@ -356,8 +359,14 @@ impl<S: Read + Write + Seek> Running<'_, S> {
         self.count(added)
     }
 
-    /// The same for a file whose chunks go to the workers as they come.
-    fn read_large(&mut self, size: u64, content: &mut dyn Read, name: &[u8]) -> Result<(), WriteError> {
+    /// The same for a file whose chunks go to the workers as they come. `is_one_chunk`: its digest is that of its chunk.
+    fn read_large(
+        &mut self,
+        size: u64,
+        content: &mut dyn Read,
+        name: &[u8],
+        is_one_chunk: bool,
+    ) -> Result<(), WriteError> {
         let mut crc = Crc64::new();
         let mut cutter = match self.settings.split {
             Split::Rolling => Cutter::Rolling(Splitter::new()),
@@ -386,7 +395,7 @@ impl<S: Read + Write + Seek> Running<'_, S> {
             cutter.push(block, rest == 0, &mut |cut| cuts.push(cut));
             self.count(cuts.len())?;
             for cut in cuts.drain(..) {
-                start = self.cut_large(start, cut)?;
+                start = self.cut_large(start, cut, is_one_chunk)?;
             }
             // Zeros that will be a hole need not lie around, however many they are.
             let zeros = cutter.pending_hole();
@@ -409,7 +418,7 @@ impl<S: Read + Write + Seek> Running<'_, S> {
     }
 
     /// Ends a piece that starts at `start` in the batch, and says where the next one does.
-    fn cut_large(&mut self, start: usize, cut: Cut) -> Result<usize, WriteError> {
+    fn cut_large(&mut self, start: usize, cut: Cut, is_hashed: bool) -> Result<usize, WriteError> {
         let (end, zeros) = match cut {
             Cut::Data(length) => (start + length, 0),
             Cut::Hole(zeros) => (start, zeros),
@@ -430,6 +439,7 @@ impl<S: Read + Write + Seek> Running<'_, S> {
             end,
             zeros,
             file: None,
+            is_hashed,
         });
         if end >= BATCH {
             self.send(end)?;
@@ -501,7 +511,8 @@ impl<S: Read + Write + Seek> Running<'_, S> {
                 draft.covered += chunk.size;
                 draft.record.chunks.push(Chunk {
                     size: chunk.size,
-                    digest: chunk.digest,
+                    // Where it is hashed elsewhere, it is that of the file, which comes before the record is complete.
+                    digest: chunk.digest.unwrap_or(Digest::EMPTY),
                     is_hole: chunk.is_hole,
                     at,
                     stored,
@@ -543,6 +554,9 @@ impl<S: Read + Write + Seek> Running<'_, S> {
                     Ok(digest) => digest,
                 };
                 draft.record.digest = Some(digest);
+                if let [chunk] = draft.record.chunks.as_mut_slice() {
+                    chunk.digest = digest;
+                }
             }
             self.waiting_headers -= draft.record.headers.len();
             let place = self

@@ -35,6 +35,8 @@ pub(super) struct Piece {
     pub(super) zeros: u64,
     /// For the last chunk of a file that is in this batch as a whole: where the file starts.
     pub(super) file: Option<usize>,
+    /// Whether it is hashed elsewhere: it is a whole large file.
+    pub(super) is_hashed: bool,
 }
 
 /// What became of a batch.
@@ -52,7 +54,8 @@ pub(super) struct PackedChunk {
     pub(super) size: u64,
     /// Compressed bytes; where chunks are compressed together, the place in what they decompress to.
     pub(super) stored: usize,
-    pub(super) digest: Digest,
+    /// `None` if it is hashed elsewhere.
+    pub(super) digest: Option<Digest>,
     pub(super) is_hole: bool,
     /// Digest and CRC of the file that ends with this chunk, where the batch has all of it.
     pub(super) file: Option<(Digest, u64)>,
@@ -98,22 +101,26 @@ impl Packer {
             let bytes = batch.data.get(piece.start..piece.end).unwrap_or_default();
             let start = data.len();
             let digest = if piece.zeros > 0 {
-                self.zeros(piece.zeros, &mut data)?
-            } else if self.is_shared {
-                together.extend_from_slice(bytes);
-                next_digest()?
+                Some(self.zeros(piece.zeros, &mut data)?)
             } else {
-                self.coder.append(bytes, &mut data)?;
-                next_digest()?
+                if self.is_shared {
+                    together.extend_from_slice(bytes);
+                } else {
+                    self.coder.append(bytes, &mut data)?;
+                }
+                if piece.is_hashed {
+                    None
+                } else {
+                    Some(next_digest()?)
+                }
             };
             let file = match piece.file {
                 None => None,
                 Some(start) => {
                     let file = batch.data.get(start..piece.end).unwrap_or_default();
-                    let digest = if start == piece.start {
-                        digest
-                    } else {
-                        next_digest()?
+                    let digest = match digest {
+                        Some(digest) if start == piece.start => digest,
+                        _ => next_digest()?,
                     };
                     Some((digest, if self.crc { Crc64::of(file) } else { 0 }))
                 }
@@ -175,7 +182,8 @@ impl Packer {
 fn digests(batch: &Batch) -> Vec<Digest> {
     let bytes = |start: usize, end: usize| batch.data.get(start..end).unwrap_or_default();
     let messages = batch.pieces.iter().flat_map(|piece| {
-        let chunk = (piece.zeros == 0).then(|| bytes(piece.start, piece.end));
+        let is_wanted = piece.zeros == 0 && !piece.is_hashed;
+        let chunk = is_wanted.then(|| bytes(piece.start, piece.end));
         let file = piece
             .file
             .filter(|start| *start != piece.start)
