@@ -388,6 +388,7 @@ impl Engine {
     /// Lets reads find their chunks in a layer. Where images disagree about an object, what was shown of it goes first, which
     /// may take as long as a read.
     pub(crate) fn register(self: &Arc<Self>, layer: &Arc<Layer>) {
+        let mut stale = Vec::new();
         for (file, number) in layer.files.iter().zip(0_u32..) {
             let Some(object) = self.table.get(file.object) else {
                 continue;
@@ -407,8 +408,12 @@ impl Engine {
             // These first: the kernel holds the pages that they read, and lets go of none before each is answered or has
             // come to its deadline, which only those that wait in the state ever do.
             self.start_over(&object, waiters);
-            if let Some(events) = self.events() {
-                events.invalidate(object.number);
+            stale.push(object.number);
+        }
+        // All of them start over before the first is waited for, so that together they take no longer than one.
+        if let Some(events) = self.events() {
+            for object in stale {
+                events.invalidate(object);
             }
         }
     }

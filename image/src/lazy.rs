@@ -35,12 +35,18 @@ use crate::estargz;
 use crate::estargz::index::Rules;
 use crate::estargz::toc::{Json, extract_json};
 use crate::layer::{Chunk, ChunkSource, EntryKind, LayerIndex};
-use crate::tar::HOLES_MAX;
 use crate::zstd_chunked::{self, Dialect};
 
 /// Largest chunk that is served lazily, in bytes: a chunk is decompressed and verified in memory as a whole. Builders write 4 MiB
 /// by default, and Podman's chunks are seldom larger than some MiB.
 pub const CHUNK_MAX: u64 = 256 << 20;
+
+/// Most zeros of a file that is served lazily, in bytes: they are hashed on the threads that reads wait for, which takes half a
+/// second for so many, or more than two without SHA instructions.
+pub const ZEROS_MAX: u64 = 1 << 30;
+
+/// Most zeros of a layer that is served lazily, in bytes: a few hundred bytes of TOC can ask for [`ZEROS_MAX`] of them.
+pub const LAYER_ZEROS_MAX: u64 = 16 << 30;
 
 /// What a layer blob is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -213,10 +219,10 @@ pub enum TocState {
 const ZEROS_RATIO: u64 = 500;
 
 /// Finds large files of nothing but zeros: a writer that has one chunk for a file says nothing of its kind, but its digest does. As
-/// holes they need not fit into memory. Hashes no more than [`HOLES_MAX`] zeros, and none for files that did not compress like
+/// holes they need not fit into memory. Hashes no more than [`ZEROS_MAX`] of a layer, and none for files that did not compress like
 /// them.
 pub(crate) fn find_holes(index: &mut LayerIndex) {
-    let mut left = HOLES_MAX;
+    let mut left = ZEROS_MAX;
     for entry in &mut index.entries {
         let EntryKind::Regular(content) = &mut entry.kind else {
             continue;
@@ -238,6 +244,7 @@ pub(crate) fn find_holes(index: &mut LayerIndex) {
 
 /// Why the files of a layer cannot be fetched one by one although its TOC is right, if so.
 pub(crate) fn unservable(index: &LayerIndex, payload_end: u64) -> Option<NotLazy> {
+    let mut all_zeros: u64 = 0;
     for entry in &index.entries {
         let EntryKind::Regular(content) = &entry.kind else {
             continue;
@@ -253,7 +260,9 @@ pub(crate) fn unservable(index: &LayerIndex, payload_end: u64) -> Option<NotLazy
         }
         // Holes need no memory, but what they are in is hashed while a read waits.
         let zeros = content.chunks.iter().filter(is_zeros).map(|chunk| chunk.size);
-        if zeros.fold(0, u64::saturating_add) > HOLES_MAX {
+        let zeros = zeros.fold(0, u64::saturating_add);
+        all_zeros = all_zeros.saturating_add(zeros);
+        if zeros > ZEROS_MAX || all_zeros > LAYER_ZEROS_MAX {
             return Some(NotLazy::HolesTooLarge { path: path() });
         }
         let outside = content.chunks.iter().any(|chunk| match chunk.source {

@@ -135,7 +135,12 @@ pub async fn fetch_toc_into(
     };
     let here = bytes.slice(inside(toc.start)..inside(toc.end));
     let bytes = if toc.start >= first.start {
-        here
+        if here.len() < bytes.len() / 2 {
+            // What the guess brought beside it is not kept: nobody counts that.
+            Bytes::copy_from_slice(&here)
+        } else {
+            here
+        }
     } else {
         let mut whole = blob.read(toc.start..first.start.min(toc.end)).await?.to_vec();
         whole.extend_from_slice(&here);

@@ -130,8 +130,14 @@ impl Store {
                 Ok(header) if header.is_of(length.saturating_sub(size_of::<Header>() as u64)) => return true,
                 _ => "its header is wrong",
             },
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return false,
-            Err(_) => "it cannot be read",
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => "it is too short",
+            Err(error) => {
+                // It may be read another time.
+                if error.kind() != io::ErrorKind::NotFound {
+                    tracing::warn!(?path, %error, "cannot read a record");
+                }
+                return false;
+            }
         };
         tracing::warn!(?path, problem, "removing an unusable record");
         remove_quietly(&path);

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use oci_spec::image::{Descriptor, ImageManifest};
 use peel_image::Digest;
@@ -24,6 +24,9 @@ use crate::{LayerReport, LoadRequest, PullPolicy};
 /// How long the indexes of a known image are left alone while no read needs them. Reading them costs some ten milliseconds
 /// of one core, which a start from a full store has better use for.
 const PATIENCE: Duration = Duration::from_secs(3);
+
+/// How long the TOCs of damaged indexes may take together: lookups of files that the store does not know wait for them.
+const REFETCH: Duration = Duration::from_secs(30);
 
 /// How closely an image is looked at before it counts as known.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -198,11 +201,12 @@ impl Deferred {
         self.engine.count(source.counters());
         let beside = TocImage::new(&source, self.request.platform.as_deref());
         let memory = Memory::new(self.engine.indexes_max());
+        let deadline = Instant::now() + REFETCH;
         let indexes: Vec<Option<(LayerIndex, Blob)>> = self
             .layers
             .iter()
             .map(
-                |(descriptor, key)| match self.index(&source, &beside, &memory, descriptor, key) {
+                |(descriptor, key)| match self.index(&source, &beside, &memory, descriptor, key, deadline) {
                     Ok(found) => Some(found),
                     Err(reason) => {
                         let layer = descriptor.digest();
@@ -244,6 +248,7 @@ impl Deferred {
         memory: &Memory,
         descriptor: &Descriptor,
         key: &Digest,
+        deadline: Instant,
     ) -> Result<(LayerIndex, Blob), String> {
         let store = &self.engine.store;
         let blob = source.blob(descriptor).map_err(|error| error.to_string())?;
@@ -258,10 +263,12 @@ impl Deferred {
         tracing::warn!(image = %self.image, layer = %blob.digest(), "the index of this layer is damaged; fetching its TOC again");
         let candidate = Box::new(candidate);
         let read = read_toc(&self.engine, memory, &self.image, &blob, candidate, beside, || {});
+        let read = async { tokio::time::timeout_at(deadline.into(), read).await };
         let index = self
             .engine
             .handle()
             .block_on(read)
+            .map_err(|_| format!("its TOC did not come within {} s", REFETCH.as_secs()))?
             .map_err(|error| error.to_string())?
             .map_err(|reason| reason.to_string())?;
         if let Err(error) = store.put_layer(key, &index) {

@@ -129,9 +129,12 @@ pub(super) async fn read_toc(
         | Err(reason) => return Ok(Err(reason)),
     };
     let turn = engine.reading_turn(image, &blob.digest()).await?;
-    let read = blocking(move || candidate.read(&located, &bytes)).await;
-    drop(turn);
-    read
+    // The turn ends with the work, which goes on when nobody waits for it any more.
+    blocking(move || {
+        let _turn = turn;
+        candidate.read(&located, &bytes)
+    })
+    .await
 }
 
 /// Loads layers. Cheap to clone.
@@ -184,8 +187,11 @@ impl LayerLoader {
             .engine
             .reading_turn(&self.job.image, &blob.digest())
             .await?;
-        let kept = blocking(move || store.layer(&key)).await?;
-        drop(turn);
+        let kept = blocking(move || {
+            let _turn = turn;
+            store.layer(&key)
+        })
+        .await?;
         if let Ok(Some(index)) = kept {
             self.count(blob.digest(), &index)?;
             let index = Box::new(index);

@@ -1,10 +1,9 @@
 //! Why a layer is not lazy, in one sentence each: what `peel inspect` prints and what a mount says when it pulls a layer whole.
 
-use super::{CHUNK_MAX, Format};
+use super::{CHUNK_MAX, Format, LAYER_ZEROS_MAX, ZEROS_MAX};
 use crate::annotations::{PODMAN_MANIFEST_CHECKSUM, TOC_DIGEST};
 use crate::digest::Digest;
 use crate::estargz::TocError;
-use crate::tar::HOLES_MAX;
 
 /// Why a layer cannot be served file by file. The texts begin with "it" or "its", for the layer.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -68,7 +67,11 @@ pub enum NotLazy {
         path: String,
     },
     /// Zeros that would take too long to hash.
-    #[error("{path} has more than {} GiB of zeros", HOLES_MAX >> 30)]
+    #[error(
+        "{path} has more than {} GiB of zeros, or the files up to it more than {} GiB",
+        ZEROS_MAX >> 30,
+        LAYER_ZEROS_MAX >> 30
+    )]
     HolesTooLarge {
         /// Their file.
         path: String,
