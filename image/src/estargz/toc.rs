@@ -5,8 +5,10 @@
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
+use std::fmt;
 use std::ops::Range;
 
+use serde::de::{Deserializer, Error as _, MapAccess, Visitor};
 use serde::{Deserialize, Serialize};
 
 use super::{TOC_JSON_MAX, TOC_MEMBER_MAX, TOC_NAME};
@@ -129,7 +131,11 @@ pub struct TocEntry<'a> {
     #[serde(default, skip_serializing_if = "is_zero")]
     pub dev_minor: i64,
     /// Extended attributes, values in base64.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(
+        default,
+        deserialize_with = "few_xattrs",
+        skip_serializing_if = "Option::is_none"
+    )]
     pub xattrs: Option<BTreeMap<String, String>>,
     /// sha256 of a whole regular file.
     #[serde(default, borrow, skip_serializing_if = "str::is_empty")]
@@ -149,6 +155,61 @@ pub struct TocEntry<'a> {
     /// Only in Podman's zstd:chunked, and only on the `reg` entry: where in the blob the file's bytes end.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub end_offset: i64,
+}
+
+/// Most extended attributes of one entry: as many names as fit into what Linux lists of a file (`XATTR_LIST_MAX`, 64 KiB). They are
+/// counted while they are read, since a TOC of nothing else would take twenty times its size.
+const XATTRS_MAX: usize = 32 << 10;
+
+fn few_xattrs<'de, D: Deserializer<'de>>(
+    deserializer: D,
+) -> Result<Option<BTreeMap<String, String>>, D::Error> {
+    struct Few;
+
+    impl<'de> Visitor<'de> for Few {
+        type Value = BTreeMap<String, String>;
+
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            write!(f, "an object of at most {XATTRS_MAX} extended attributes")
+        }
+
+        fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+            let mut xattrs = BTreeMap::new();
+            let mut count = 0_usize;
+            while let Some((name, value)) = map.next_entry()? {
+                count += 1;
+                if count > XATTRS_MAX {
+                    return Err(A::Error::invalid_length(count, &self));
+                }
+                xattrs.insert(name, value);
+            }
+            Ok(xattrs)
+        }
+    }
+
+    struct Maybe;
+
+    impl<'de> Visitor<'de> for Maybe {
+        type Value = Option<BTreeMap<String, String>>;
+
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            Few.expecting(f)
+        }
+
+        fn visit_none<E>(self) -> Result<Self::Value, E> {
+            Ok(None)
+        }
+
+        fn visit_unit<E>(self) -> Result<Self::Value, E> {
+            Ok(None)
+        }
+
+        fn visit_some<D: Deserializer<'de>>(self, deserializer: D) -> Result<Self::Value, D::Error> {
+            deserializer.deserialize_map(Few).map(Some)
+        }
+    }
+
+    deserializer.deserialize_option(Maybe)
 }
 
 #[expect(
@@ -265,6 +326,25 @@ mod tests {
         let toc = extract_toc(&member(&[(TOC_NAME, json)])).unwrap();
         assert_eq!(toc.json, json);
         assert_eq!(toc.digest, Digest::of(json));
+    }
+
+    #[test]
+    fn attributes_are_counted_while_they_are_read() {
+        for (count, is_good) in [(0, true), (3, true), (XATTRS_MAX, true), (XATTRS_MAX + 1, false)] {
+            let xattrs: Vec<_> = (0..count).map(|number| format!("\"{number}\":\"\"")).collect();
+            let json = format!(
+                "{{\"name\":\"a\",\"type\":\"dir\",\"xattrs\":{{{}}}}}",
+                xattrs.join(",")
+            );
+            let entry: Result<TocEntry<'_>, _> = serde_json::from_str(&json);
+            assert_eq!(
+                entry.ok().map(|entry| entry.xattrs.map(|xattrs| xattrs.len())),
+                is_good.then_some(Some(count))
+            );
+        }
+        let entry: TocEntry<'_> =
+            serde_json::from_str("{\"name\":\"a\",\"type\":\"dir\",\"xattrs\":null}").unwrap();
+        assert_eq!(entry.xattrs, None);
     }
 
     #[test]

@@ -10,7 +10,7 @@ use crossbeam_channel::{Receiver, Sender, bounded};
 
 use super::blob::Blob;
 use super::coder::{Coder, Undo};
-use super::pack::each_zeros;
+use super::pack::{ROOM_MAX, each_zeros};
 use super::pool::Pool;
 use super::record::{Chunk, Entry, Record};
 use super::sink::{self, Message, Toc};
@@ -27,8 +27,9 @@ const BATCH: usize = 1 << 20;
 const HEADERS_PER_STREAM: usize = 1 << 20;
 /// Buffers of tar stream that may wait to be hashed.
 const UNHASHED: usize = 8;
-/// Buffers of the blob that may wait to be hashed and written.
-const UNWRITTEN: usize = 8;
+/// Buffers of the blob that may wait to be hashed and written, and to be used again. Few, and of the latter no large ones: with the
+/// largest chunks, each has 32 MiB.
+const UNWRITTEN: usize = 3;
 
 /// What is known when all is written.
 pub(super) struct Assembled<W> {
@@ -189,8 +190,10 @@ fn write_blob<W: Write>(
     for mut buffer in buffers {
         blob.write(&buffer)?;
         buffer.clear();
-        // Enough of them are waiting already, or nobody wants them any more.
-        let _unwanted = done.try_send(buffer);
+        if buffer.capacity() <= ROOM_MAX {
+            // Enough of them are waiting already, or nobody wants them any more.
+            let _unwanted = done.try_send(buffer);
+        }
     }
     Ok(blob)
 }

@@ -11,8 +11,8 @@ use super::WriteError;
 use super::pack::{Batch, each_zeros};
 use crate::digest::{Digest, Hasher};
 
-/// Batches that may wait to be hashed.
-const WAITING: usize = 8;
+/// Batches that may wait to be hashed. Few: with the largest chunks, each has more than 32 MiB.
+const WAITING: usize = 3;
 
 /// A part of a large file in a batch.
 #[derive(Debug, Default)]

@@ -4,12 +4,13 @@
 use std::collections::VecDeque;
 use std::io::{self, Read, Seek, Write};
 use std::sync::Arc;
+use std::time::Duration;
 
 use crossbeam_channel::{Receiver, Sender, TryRecvError, bounded};
 
 use super::hashing::{self, Hashed, Part};
 use super::order::Names;
-use super::pack::{Batch, Packed, Packer, Piece};
+use super::pack::{Batch, Packed, Packer, Piece, ROOM_MAX};
 use super::pool::Pool;
 use super::record::{Chunk, Entry, Record};
 use super::rolling::{Cut, Splitter};
@@ -30,6 +31,9 @@ const BATCH: usize = 512 << 10;
 const SMALL: u64 = 128 << 10;
 /// Bytes of a large file that are looked at together.
 const BLOCK: usize = 128 << 10;
+/// How long the digest of a file may take of which every byte was handed out: far longer than it does. The channel cannot tell
+/// that the other thread is gone, since the other end lies in a batch.
+const HASHING: Duration = Duration::from_secs(120);
 /// Most batches whose memory is kept for others: fresh memory costs more than what is copied into it.
 const ROOMS: usize = 4;
 /// Most bytes of headers that wait for the chunks before them to be compressed.
@@ -533,7 +537,9 @@ impl<S: Read + Write + Seek> Running<'_, S> {
         {
             let mut room = batch.data;
             room.clear();
-            self.rooms.push(room);
+            if room.capacity() <= ROOM_MAX {
+                self.rooms.push(room);
+            }
         }
         self.spool_complete(1, false)?;
         Ok(true)
@@ -548,7 +554,9 @@ impl<S: Read + Write + Seek> Running<'_, S> {
         {
             if let Some(digest) = &draft.digest {
                 let digest = match digest.try_recv() {
-                    Err(TryRecvError::Empty) if waits => digest.recv().map_err(|_| WriteError::ThreadLost)?,
+                    Err(TryRecvError::Empty) if waits => {
+                        digest.recv_timeout(HASHING).map_err(|_| WriteError::ThreadLost)?
+                    }
                     Err(TryRecvError::Empty) => return Ok(()),
                     Err(TryRecvError::Disconnected) => return Err(WriteError::ThreadLost),
                     Ok(digest) => digest,

@@ -10,6 +10,8 @@ use crate::tar_split::Crc64;
 
 /// Zeros that are compressed as one: a hole may be as long as a layer, and nobody needs its bytes.
 static ZEROS: [u8; 256 << 10] = [0; 256 << 10];
+/// Largest buffer that is kept to be used again, in bytes: room for a chunk of the usual size.
+pub(super) const ROOM_MAX: usize = 8 << 20;
 /// zstd's level for chunks that are compressed once more later.
 const SHARED_LEVEL: i32 = 3;
 
