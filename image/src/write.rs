@@ -20,9 +20,10 @@
 //! | zstd:chunked (Podman) | kept byte for byte, unless files move, or paths occur twice (the last one stays), or an entry means something else to Podman (GNU sparse files, global PAX headers, volume labels): such entries get new headers |
 //! | gzip, zstd, plain | kept byte for byte, but for TOC and landmarks of an eStargz layer: [`mod@plain`] |
 //!
-//! Memory is bounded by the work in flight (below 100 MiB), about 80 bytes per entry beside its path and as much again while the
-//! order is made, and the compressed TOC: with a million entries below 256 MiB. The spool holds the compressed chunks and,
-//! compressed many at a time, the headers: less than the blob.
+//! Memory is bounded by the work in flight (below 100 MiB), the first 64 MiB of the spool (none of it with chunks above
+//! 4 MiB), about 80 bytes per entry beside its path and as much again while the order is made, and the compressed TOC: with a
+//! million entries below 256 MiB. The spool holds the compressed chunks and, compressed many at a time, the headers: less than
+//! the blob.
 
 mod assembly;
 mod blob;
@@ -69,6 +70,10 @@ pub const MAX_CHUNK_SIZE: u64 = 32 << 20;
 pub const DEFAULT_GZIP_LEVEL: i32 = 7;
 /// Level of zstd and zstd:chunked: that of zstd itself.
 pub const DEFAULT_ZSTD_LEVEL: i32 = 3;
+/// Highest level of a TOC in zstd:chunked: above it a stream of unknown length takes up to 500 MB of memory.
+const TOC_LEVEL_MAX: i32 = 9;
+/// Most threads where chunks are large: fewer of those are in flight.
+const LARGE_CHUNK_THREADS_MAX: usize = 8;
 /// Most threads: beyond that the one that reads the input is the bottleneck, and each has buffers for a chunk.
 const MAX_THREADS: usize = 16;
 
@@ -326,7 +331,12 @@ where
     S: Read + Write + Seek,
     W: Write + Send,
 {
-    let spool = Spool::new(spool).map_err(WriteError::Spool)?;
+    let memory = if settings.has_large_chunks() {
+        0
+    } else {
+        spool::MEMORY
+    };
+    let spool = Spool::new(spool, memory).map_err(WriteError::Spool)?;
     let intake = intake::run(input, spool, settings)?;
     let count = intake.names.len();
     let order = if settings.keeps_diff_id {
@@ -401,7 +411,7 @@ impl Settings {
                 .ok_or(WriteError::ChunkSize(size))
         };
         let prioritized = !options.prioritized.is_empty();
-        let settings = match options.format {
+        let mut settings = match options.format {
             Format::Estargz {
                 chunk_size,
                 min_chunk_size,
@@ -451,7 +461,7 @@ impl Settings {
                 Self {
                     coding,
                     shape: dialect.into(),
-                    toc_level: level,
+                    toc_level: level.min(TOC_LEVEL_MAX),
                     split: if is_podman {
                         Split::Rolling
                     } else {
@@ -470,6 +480,9 @@ impl Settings {
                 return Err(WriteError::Options("this format has no TOC"));
             }
         };
+        if settings.has_large_chunks() {
+            settings.threads = settings.threads.min(LARGE_CHUNK_THREADS_MAX);
+        }
         Ok(settings)
     }
 
@@ -481,6 +494,20 @@ impl Settings {
             (_, true) => Some(PREFETCH_LANDMARK),
             (_, false) => Some(NO_PREFETCH_LANDMARK),
         }
+    }
+
+    /// Whether chunks are so large that few of them may lie around if memory is to stay below 256 MiB.
+    fn has_large_chunks(&self) -> bool {
+        let chunk_size = match self.split {
+            Split::Fixed(size) => size as u64,
+            Split::Rolling => 0,
+        };
+        chunk_size.max(self.min_chunk_size) > DEFAULT_CHUNK_SIZE
+    }
+
+    /// Buffers that may wait between two threads, where each holds a chunk or more.
+    fn waiting(&self) -> usize {
+        if self.has_large_chunks() { 1 } else { 3 }
     }
 
     /// Length of a full chunk.

@@ -25,11 +25,6 @@ use crate::tar::write::padding;
 const BATCH: usize = 1 << 20;
 /// Headers of entries without content share a stream up to this size, so that memory stays bounded.
 const HEADERS_PER_STREAM: usize = 1 << 20;
-/// Buffers of tar stream that may wait to be hashed.
-const UNHASHED: usize = 8;
-/// Buffers of the blob that may wait to be hashed and written, and to be used again. Few, and of the latter no large ones: with the
-/// largest chunks, each has 32 MiB.
-const UNWRITTEN: usize = 3;
 
 /// What is known when all is written.
 pub(super) struct Assembled<W> {
@@ -92,7 +87,7 @@ where
     thread::scope(|scope| {
         let coding = settings.coding;
         let needs_tar = sequence.hashed.is_none();
-        let (done, rooms) = bounded::<Vec<u8>>(UNWRITTEN);
+        let (done, rooms) = bounded::<Vec<u8>>(settings.waiting());
         let worker = move || {
             let mut tools = coding
                 .start()
@@ -112,7 +107,7 @@ where
         let pool = Pool::start(scope, "layer-join", settings.threads, worker).map_err(WriteError::Thread)?;
         let (messages, toc) = sink::start(scope, settings.shape, settings.toc_level)?;
         let (unhashed, hasher) = if needs_tar {
-            let (unhashed, stretches) = bounded::<Vec<Stretch>>(UNHASHED);
+            let (unhashed, stretches) = bounded::<Vec<Stretch>>(settings.waiting());
             let hasher = thread::Builder::new()
                 .name("layer-diffid".to_owned())
                 .spawn_scoped(scope, move || hash_stretches(stretches))
@@ -121,7 +116,7 @@ where
         } else {
             (None, None)
         };
-        let (unwritten, buffers) = bounded::<Vec<u8>>(UNWRITTEN);
+        let (unwritten, buffers) = bounded::<Vec<u8>>(settings.waiting());
         let blob = thread::Builder::new()
             .name("layer-blob".to_owned())
             .spawn_scoped(scope, move || write_blob(Blob::new(output), &buffers, &done))

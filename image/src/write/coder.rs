@@ -17,6 +17,14 @@ pub(super) const GZIP_LEVEL_MAX: i32 = 12;
 /// Highest level of zstd.
 pub(super) const ZSTD_LEVEL_MAX: i32 = 22;
 
+/// Lowest level of zstd whose windows exceed 4 MiB (`ZSTD_defaultCParameters` in zstd's `lib/compress/clevels.h`).
+const ZSTD_LARGE_WINDOWS: i32 = 17;
+/// Binary logarithm of the largest window, in bytes: the tables grow with it, to 500 MB at level 22.
+const ZSTD_WINDOW_LOG_MAX: u32 = 22;
+/// Largest buffer that each thread keeps to use it again, in bytes: more than a batch of small files needs, little beside a
+/// compressor's own memory.
+pub(super) const THREAD_ROOM_MAX: usize = 1 << 20;
+
 /// How bytes are compressed.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Coding {
@@ -55,9 +63,9 @@ impl Coding {
     /// Most threads that compress this way: memory is to stay below 256 MiB.
     pub(super) fn threads_max(self) -> usize {
         match self {
-            // Tables for blocks of 4 MiB: some 80, 60, 25 and 5 MB per thread.
+            // With windows of 4 MiB some 80, 60, 25 and 5 MB per thread.
             Self::Zstd(20..) => 1,
-            Self::Zstd(13..) => 2,
+            Self::Zstd(12..) => 2,
             Self::Zstd(6..) => 4,
             _ => usize::MAX,
         }
@@ -73,10 +81,15 @@ impl Coding {
                 ))
             }
             Self::Gzip(_, level) => Some(format!("libdeflate {LIBDEFLATE} level {level}")),
-            Self::Zstd(level) => Some(format!(
-                "zstd {} level {level}",
-                zstd::zstd_safe::version_string()
-            )),
+            Self::Zstd(level) => {
+                let window = if level >= ZSTD_LARGE_WINDOWS {
+                    ", window 4 MiB"
+                } else {
+                    ""
+                };
+                let version = zstd::zstd_safe::version_string();
+                Some(format!("zstd {version} level {level}{window}"))
+            }
             Self::Plain => None,
         }
     }
@@ -84,7 +97,13 @@ impl Coding {
     pub(super) fn start(self) -> io::Result<Coder> {
         Ok(match self {
             Self::Gzip(level, _) => Coder::Gzip(Compressor::new(level), Vec::new()),
-            Self::Zstd(level) => Coder::Zstd(zstd::bulk::Compressor::new(level)?),
+            Self::Zstd(level) => {
+                let mut compressor = zstd::bulk::Compressor::new(level)?;
+                if level >= ZSTD_LARGE_WINDOWS {
+                    compressor.window_log(ZSTD_WINDOW_LOG_MAX)?;
+                }
+                Coder::Zstd(compressor)
+            }
             Self::Plain => Coder::Plain,
         })
     }
@@ -111,13 +130,21 @@ impl Coder {
     pub(super) fn append(&mut self, data: &[u8], out: &mut Vec<u8>) -> io::Result<()> {
         match self {
             Self::Gzip(compressor, room) => {
+                let lied = |_| io::Error::other("libdeflate needs more than it said");
                 let bound = compressor.gzip_compress_bound(data.len());
+                if bound > THREAD_ROOM_MAX {
+                    let start = out.len();
+                    out.resize(start + bound, 0);
+                    let length = compressor
+                        .gzip_compress(data, out.get_mut(start..).unwrap_or_default())
+                        .map_err(lied)?;
+                    out.truncate(start + length);
+                    return Ok(());
+                }
                 if room.len() < bound {
                     room.resize(bound, 0);
                 }
-                let length = compressor
-                    .gzip_compress(data, room)
-                    .map_err(|_| io::Error::other("libdeflate needs more than it said"))?;
+                let length = compressor.gzip_compress(data, room).map_err(lied)?;
                 out.extend_from_slice(room.get(..length).unwrap_or_default());
             }
             Self::Zstd(compressor) => {
@@ -184,6 +211,10 @@ mod tests {
                 "libdeflate 1.26 level 7, TOC zlib-rs 0.6.8 level 6",
             ),
             (Coding::zstd(3).unwrap().name(false), "zstd 1.5.7 level 3"),
+            (
+                Coding::zstd(19).unwrap().name(false),
+                "zstd 1.5.7 level 19, window 4 MiB",
+            ),
         ];
         for (name, expected) in names {
             assert_eq!(name.as_deref(), Some(expected));

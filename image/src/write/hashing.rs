@@ -11,9 +11,6 @@ use super::WriteError;
 use super::pack::{Batch, each_zeros};
 use crate::digest::{Digest, Hasher};
 
-/// Batches that may wait to be hashed. Few: with the largest chunks, each has more than 32 MiB.
-const WAITING: usize = 3;
-
 /// A part of a large file in a batch.
 #[derive(Debug, Default)]
 pub(super) struct Part {
@@ -27,12 +24,13 @@ pub(super) struct Part {
 /// Hash and length of the stream; `None` if it was not to be hashed.
 pub(super) type Hashed = Option<(Hasher, u64)>;
 
-/// Starts the thread; it ends when the sender is gone.
+/// Starts the thread; it ends when the sender is gone. So many batches may wait for it.
 pub(super) fn start<'scope>(
     scope: &'scope Scope<'scope, '_>,
     has_stream: bool,
+    waiting: usize,
 ) -> Result<(Sender<Arc<Batch>>, ScopedJoinHandle<'scope, Hashed>), WriteError> {
-    let (sender, batches) = bounded(WAITING);
+    let (sender, batches) = bounded(waiting);
     let thread = Builder::new()
         .name("layer-hash".to_owned())
         .spawn_scoped(scope, move || run(&batches, has_stream))

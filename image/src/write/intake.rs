@@ -80,7 +80,7 @@ where
             }
         };
         let pool = Pool::start(scope, "layer-pack", settings.threads, worker).map_err(WriteError::Thread)?;
-        let (unhashed, hasher) = hashing::start(scope, !settings.prioritized)?;
+        let (unhashed, hasher) = hashing::start(scope, !settings.prioritized, settings.waiting())?;
         let mut intake = Running {
             settings,
             spool,

@@ -3,14 +3,14 @@
 use std::io;
 use std::sync::Arc;
 
-use super::coder::{Coder, Coding};
+use super::coder::{Coder, Coding, THREAD_ROOM_MAX};
 use super::hashing::Part;
 use crate::digest::{Digest, Hasher};
 use crate::tar_split::Crc64;
 
 /// Zeros that are compressed as one: a hole may be as long as a layer, and nobody needs its bytes.
 static ZEROS: [u8; 256 << 10] = [0; 256 << 10];
-/// Largest buffer that is kept to be used again, in bytes: room for a chunk of the usual size.
+/// Largest buffer that threads hand on to be used again, in bytes: room for a chunk of the usual size.
 pub(super) const ROOM_MAX: usize = 8 << 20;
 /// zstd's level for chunks that are compressed once more later.
 const SHARED_LEVEL: i32 = 3;
@@ -146,14 +146,20 @@ impl Packer {
         if self.is_shared {
             self.coder.append(&together, &mut data)?;
         }
-        let packed = Packed {
-            data: data.as_slice().to_vec(),
+        let data = if data.capacity() <= THREAD_ROOM_MAX {
+            let copy = data.as_slice().to_vec();
+            self.room = data;
+            copy
+        } else {
+            data.shrink_to_fit();
+            data
+        };
+        Ok(Packed {
+            data,
             batch,
             chunks,
             shared: together.len(),
-        };
-        self.room = data;
-        Ok(packed)
+        })
     }
 
     /// Appends a hole and hashes it.

@@ -2,9 +2,9 @@
 //! memory holds no more than names and places while the order of the entries is still open.
 //!
 //! First only [`Spool::append`] and [`Spool::append_record`] are called, then, after [`Spool::rewind`], only the methods of
-//! [`SpoolReader`]. The first [`MEMORY`] bytes stay in memory, which is all of most layers. Records are compressed many at a time: headers and names repeat so much that the file stays below the
-//! size of the blob, in which each file's headers are compressed by themselves. Nothing in the file is meant to outlive the
-//! writer.
+//! [`SpoolReader`]. The first bytes ([`MEMORY`]) stay in memory, which is all of most layers. Records are compressed many at a
+//! time: headers and names repeat so much that the file stays below the size of the blob, in which each file's headers are
+//! compressed by themselves. Nothing in the file is meant to outlive the writer.
 
 use std::io::{self, BufReader, BufWriter, Read, Seek, SeekFrom, Write};
 
@@ -14,7 +14,7 @@ use super::record::{Chunk, Record};
 
 /// Most bytes that stay in memory: as much as fits beside all the rest into 256 MiB. Few in unit tests, whose layers are
 /// small and shall get into the file.
-const MEMORY: u64 = if cfg!(test) { 4 << 10 } else { 64 << 20 };
+pub(super) const MEMORY: u64 = if cfg!(test) { 4 << 10 } else { 64 << 20 };
 /// What a piece in memory costs beside its bytes.
 const PIECE_COST: u64 = 64;
 /// Bytes gathered before the file is touched.
@@ -74,10 +74,14 @@ pub(super) struct SpoolReader<S> {
 }
 
 impl<S: Read + Write + Seek> Spool<S> {
-    pub(super) fn new(mut file: S) -> io::Result<Self> {
+    /// `memory`: how many bytes stay there.
+    pub(super) fn new(mut file: S, memory: u64) -> io::Result<Self> {
         file.seek(SeekFrom::Start(0))?;
         Ok(Self {
-            memory: Memory::default(),
+            memory: Memory {
+                limit: memory,
+                ..Memory::default()
+            },
             file: BufWriter::with_capacity(BUFFER, file),
             position: 0,
             compressor: zstd::bulk::Compressor::new(RECORD_LEVEL)?,
@@ -91,7 +95,7 @@ impl<S: Read + Write + Seek> Spool<S> {
     pub(super) fn append(&mut self, data: Vec<u8>) -> io::Result<u64> {
         let start = self.position;
         self.position += data.len() as u64;
-        if self.position + self.memory.cost() <= MEMORY && self.memory.end == start {
+        if self.position + self.memory.cost() <= self.memory.limit && self.memory.end == start {
             self.memory.push(data);
         } else {
             self.file.write_all(&data)?;
@@ -227,6 +231,8 @@ struct Memory {
     /// Each behind where it starts.
     pieces: Vec<(u64, Bytes)>,
     end: u64,
+    /// Most bytes.
+    limit: u64,
 }
 
 impl Memory {
@@ -270,7 +276,7 @@ mod tests {
             }],
             ..Record::default()
         };
-        let mut spool = Spool::new(tempfile::tempfile().unwrap()).unwrap();
+        let mut spool = Spool::new(tempfile::tempfile().unwrap(), MEMORY).unwrap();
         let mut places = Vec::new();
         for index in 0..1000 {
             let data = vec![b'x'; usize::try_from(index).unwrap() * 7];
