@@ -251,6 +251,7 @@ impl Engine {
         match self.look(object, file) {
             // What is left of another image's attempt at this object is about to be let go.
             Err(peel_store::Error::ChunkListConflict(_)) if Instant::now() < deadline => {
+                self.hurry(object);
                 return self.read_later(object, offset, length, deadline, answer);
             }
             Err(error) => {
@@ -281,6 +282,9 @@ impl Engine {
         match (outcome, answer) {
             (Outcome::Wait(chunks), _) => {
                 self.deadlines.push(deadline, object.number);
+                if chunks.is_empty() {
+                    self.hurry(object);
+                }
                 for chunk in chunks {
                     self.demand(object, chunk);
                 }

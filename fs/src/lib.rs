@@ -10,8 +10,8 @@
 //! * `native`: gives completed files back to the kernel.
 //!
 //! Called by the server process of the command. Threads: `peel-fuse` and its workers answer the kernel and never wait
-//! for the network; `peel-net` moves bytes; `peel-decode-N` inflates, verifies and writes; `peel-complete` hashes large files; `peel-native` reconfigures
-//! overlays; `peel-register` and `peel-pull-N` live as long as their work.
+//! for the network; `peel-net` moves bytes; `peel-decode-N` inflates, verifies and writes; `peel-complete` hashes large files and `peel-whole-N` those
+//! that reads wait for; `peel-native` reconfigures overlays; `peel-register` and `peel-pull-N` live as long as their work.
 
 mod error;
 mod fetch;

@@ -98,21 +98,12 @@ impl Claim {
         let (object, engine) = (Arc::clone(&self.object), Arc::clone(&self.engine));
         let generation = self.generation;
         let completed = match backing {
-            Backing::Partial(partial) if last => {
-                let completion = Completion {
-                    engine: Arc::clone(&engine),
-                    object: Arc::clone(&object),
-                    partial: Arc::clone(partial),
-                    generation,
-                };
-                let waited_for = lock(&object.state).waiters.iter().any(|waiter| waiter.whole);
-                let left = if waited_for {
-                    Err(completion)
-                } else {
-                    engine.completer.submit(completion)
-                };
-                left.is_err_and(Completion::run)
-            }
+            Backing::Partial(partial) if last => engine.finish(Completion {
+                engine: Arc::clone(&engine),
+                object: Arc::clone(&object),
+                partial: Arc::clone(partial),
+                generation,
+            }),
             Backing::Partial(_) => false,
             _ => {
                 if last {

@@ -1,0 +1,178 @@
+//! Whole files, with a queue that does not move: what reads wait for must not be in it.
+
+use std::time::Duration;
+
+use oci_spec::image::{Descriptor, MediaType, Sha256Digest};
+use peel_image::Digest;
+use peel_image::layer::{Chunk, ChunkSource, Encoding, Entry, EntryKind, FileContent, LayerIndex, Metadata};
+use peel_image::path::EntryPath;
+use peel_registry::{Blob, ClientOptions, Source};
+use peel_store::Store;
+use rustix::io::Errno;
+
+use super::*;
+use crate::Options;
+use crate::fetch::claim::Claimed;
+use crate::fetch::layer::{Layer, Position};
+
+const CHUNK: usize = 3 << 20;
+const CHUNKS: usize = 3;
+
+/// An engine that brings files of three chunks from a registry that is not there: the tests have their bytes.
+struct Bench {
+    engine: Arc<Engine>,
+    /// Of the store.
+    _directory: tempfile::TempDir,
+}
+
+impl Drop for Bench {
+    fn drop(&mut self) {
+        self.engine.stop();
+    }
+}
+
+impl Bench {
+    fn new() -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let store = Store::open(&directory.path().join("store")).unwrap();
+        store.lock().unwrap();
+        let engine = Engine::start(store, &Options::default()).unwrap();
+        Self {
+            engine,
+            _directory: directory,
+        }
+    }
+
+    /// Ends `peel-complete`: from now on its queue does not move.
+    fn block_queue(&self) {
+        self.engine.completer.stop.send(()).unwrap();
+        // The thread has the other end of this.
+        while self.engine.completer.wake.send(()).is_ok() {}
+    }
+
+    fn blob(&self) -> Blob {
+        let digest: Sha256Digest = Digest::EMPTY.hex().parse().unwrap();
+        let descriptor = Descriptor::new(MediaType::ImageLayerGzip, 1 << 30, digest);
+        let name = "localhost:1/image".parse().unwrap();
+        let options = ClientOptions::default();
+        let opening = Source::open(&name, &options);
+        let source = self.engine.handle().block_on(opening).unwrap();
+        source.blob(&descriptor).unwrap()
+    }
+
+    /// Registers a layer with one file.
+    fn register(&self, digest: Digest, chunks: Vec<Chunk>) -> (Arc<Layer>, Arc<Object>) {
+        let content = FileContent {
+            size: chunks.iter().map(|chunk| chunk.size).sum(),
+            digest: Some(digest),
+            chunks,
+        };
+        let index = LayerIndex {
+            entries: vec![Entry {
+                path: EntryPath::clean(b"file").unwrap(),
+                metadata: Metadata::default(),
+                kind: EntryKind::Regular(content),
+            }],
+            prefetch_end: None,
+        };
+        let engine = &self.engine;
+        let layer = Arc::new(Layer::new(1, self.blob(), &index, false, &engine.table));
+        engine.register(&layer);
+        (layer, engine.table.find(&digest).unwrap())
+    }
+
+    /// Brings all chunks of the layer's file.
+    fn bring(&self, layer: &Arc<Layer>, bytes: &[u8]) {
+        let claims =
+            (0..).take(CHUNKS).map(
+                |chunk| match self.engine.claim(layer, Position { file: 0, chunk }) {
+                    Claimed::Fetch(claim) => claim,
+                    other => panic!("chunk {chunk} is not missing: {other:?}"),
+                },
+            );
+        // All at once: an object that nobody needs lets go of its file.
+        let claims: Vec<_> = claims.collect();
+        for (claim, data) in claims.into_iter().zip(bytes.chunks(CHUNK)) {
+            claim.deliver(data.to_vec());
+        }
+    }
+
+    /// Reads the first bytes; the answer comes through the channel.
+    fn read(&self, object: &Arc<Object>) -> Receiver<Result<Vec<u8>, Errno>> {
+        let (sender, answer) = bounded(1);
+        self.engine.read(
+            object,
+            0,
+            100,
+            Box::new(move |read| sender.send(read.map(<[u8]>::to_vec)).unwrap()),
+        );
+        answer
+    }
+}
+
+/// A file, its digest and its chunks.
+fn file(seed: u8) -> (Vec<u8>, Digest, Vec<Chunk>) {
+    let pieces = (0_u8..).take(CHUNKS);
+    let bytes: Vec<u8> = pieces
+        .flat_map(|piece| std::iter::repeat_n(piece ^ seed, CHUNK))
+        .collect();
+    let chunks = bytes.chunks(CHUNK).zip(0..).map(|(data, number)| Chunk {
+        file_offset: number * CHUNK as u64,
+        size: CHUNK as u64,
+        digest: Digest::of(data),
+        source: ChunkSource::Blob {
+            encoding: Encoding::Gzip,
+            offset: number * 1000,
+            compressed_size: 1000,
+            inner_offset: 0,
+        },
+    });
+    let chunks = chunks.collect();
+    let digest = Digest::of(&bytes);
+    (bytes, digest, chunks)
+}
+
+/// Long enough for any machine; only a test that fails waits for it.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+#[test]
+fn a_read_of_the_whole_does_not_wait_for_the_queue() {
+    for disagree_first in [true, false] {
+        let bench = Bench::new();
+        bench.block_queue();
+        let (bytes, digest, chunks) = file(1);
+        let (layer, object) = bench.register(digest, chunks.clone());
+        let mut other_way = chunks;
+        other_way[1].digest = Digest::EMPTY;
+        if disagree_first {
+            bench.register(digest, other_way.clone());
+        }
+        bench.bring(&layer, &bytes);
+        assert!(!bench.engine.store.has_object(&digest), "it waits in the queue");
+        assert_eq!(lock(&bench.engine.completer.waiting).files.len(), 1);
+        if !disagree_first {
+            bench.register(digest, other_way);
+        }
+        let reads: Vec<_> = (0..3).map(|_| bench.read(&object)).collect();
+        for read in reads {
+            let answer = read.recv_timeout(PATIENCE).unwrap();
+            assert!(answer.unwrap() == bytes[..100]);
+        }
+        assert!(bench.engine.store.has_object(&digest));
+        let waiting = lock(&bench.engine.completer.waiting);
+        assert!(waiting.files.is_empty() && waiting.urgent.is_empty());
+    }
+}
+
+#[test]
+fn files_that_nobody_reads_stay_in_the_queue() {
+    let bench = Bench::new();
+    bench.block_queue();
+    let (bytes, digest, chunks) = file(2);
+    let (layer, object) = bench.register(digest, chunks);
+    bench.bring(&layer, &bytes);
+    let answer = bench.read(&object).recv_timeout(PATIENCE).unwrap();
+    assert!(answer.unwrap() == bytes[..100], "its chunks are enough");
+    assert!(!bench.engine.store.has_object(&digest));
+    assert_eq!(lock(&bench.engine.completer.waiting).files.len(), 1);
+}
