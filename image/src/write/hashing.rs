@@ -1,4 +1,4 @@
-//! The thread that hashes what has to be hashed in order: the stream as it will come out if no entry moves, and large files.
+//! The thread that hashes what consists of several chunks: the stream as it will come out if no entry moves, and the files.
 //! Both see nearly the same bytes, so they are hashed together. Called by the intake.
 
 use std::ops::Range;
@@ -11,14 +11,25 @@ use super::WriteError;
 use super::pack::{Batch, each_zeros};
 use crate::digest::{Digest, Hasher};
 
-/// A part of a large file in a batch.
+/// A file in a batch, or a part of one.
 #[derive(Debug, Default)]
 pub(super) struct Part {
     /// Its bytes in the batch, those that are left out lying between them or at either end.
     pub(super) start: usize,
     pub(super) end: usize,
-    /// Who waits for the file's digest; only in its last part.
-    pub(super) answer: Option<Sender<Digest>>,
+    pub(super) extent: Extent,
+}
+
+/// How much of a file a part is.
+#[derive(Debug, Default)]
+pub(super) enum Extent {
+    /// All of it.
+    Whole,
+    /// The start, or what follows a part in the batch before; more will come.
+    #[default]
+    Open,
+    /// The end, and who waits for the file's digest.
+    Last(Sender<Digest>),
 }
 
 /// Hash and length of the stream; `None` if it was not to be hashed.
@@ -45,19 +56,15 @@ fn run(batches: &Receiver<Arc<Batch>>, has_stream: bool) -> Hashed {
         length: 0,
     };
     for batch in batches {
-        let mut left_out = batch.left_out.as_slice();
-        let mut at = 0;
-        for part in &batch.large {
-            hashing.take(&batch.data, at..part.start, &mut &[][..], false);
-            hashing.take(&batch.data, part.start..part.end, &mut left_out, true);
-            at = part.end;
-            if let Some(answer) = &part.answer {
-                let digest = std::mem::take(&mut hashing.file).finish();
-                // Nobody waits for it when the intake has failed meanwhile.
-                let _unwanted = answer.send(digest);
-            }
+        let digests = if has_stream {
+            hashing.add(&batch)
+        } else {
+            hashing.add_files(&batch)
+        };
+        if let Some(answer) = &batch.digests {
+            // Nobody waits for them when the intake has failed meanwhile.
+            let _unwanted = answer.send(digests);
         }
-        hashing.take(&batch.data, at..batch.data.len(), &mut &[][..], false);
     }
     let length = hashing.length;
     hashing.stream.map(|stream| (stream, length))
@@ -70,6 +77,45 @@ struct Hashing {
 }
 
 impl Hashing {
+    /// Takes the stream and the files; returns the digests of whole files.
+    fn add(&mut self, batch: &Batch) -> Vec<Digest> {
+        let mut digests = Vec::new();
+        let mut left_out = batch.left_out.as_slice();
+        let mut at = 0;
+        for part in &batch.files {
+            self.take(&batch.data, at..part.start, &mut &[][..], false);
+            self.take(&batch.data, part.start..part.end, &mut left_out, true);
+            at = part.end;
+            match &part.extent {
+                Extent::Open => {}
+                Extent::Whole => digests.push(std::mem::take(&mut self.file).finish()),
+                Extent::Last(answer) => self.end_file(answer),
+            }
+        }
+        self.take(&batch.data, at..batch.data.len(), &mut &[][..], false);
+        digests
+    }
+
+    /// The same where there is no stream to hash: two whole files at once.
+    fn add_files(&mut self, batch: &Batch) -> Vec<Digest> {
+        let mut left_out = batch.left_out.as_slice();
+        let whole = |part: &&Part| matches!(part.extent, Extent::Whole);
+        for part in batch.files.iter().filter(|part| !whole(part)) {
+            self.take(&batch.data, part.start..part.end, &mut left_out, true);
+            if let Extent::Last(answer) = &part.extent {
+                self.end_file(answer);
+            }
+        }
+        let whole = batch.files.iter().filter(whole);
+        Digest::of_each(whole.map(|part| batch.data.get(part.start..part.end).unwrap_or_default()))
+    }
+
+    fn end_file(&mut self, answer: &Sender<Digest>) {
+        let digest = std::mem::take(&mut self.file).finish();
+        // Nobody waits for it when the intake has failed meanwhile.
+        let _unwanted = answer.send(digest);
+    }
+
     /// Takes a part of a batch, and the zeros that are left out there.
     fn take(&mut self, data: &[u8], part: Range<usize>, left_out: &mut &[(usize, u64)], is_file: bool) {
         let mut at = part.start;

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use crossbeam_channel::{Receiver, Sender, TryRecvError, bounded};
 
-use super::hashing::{self, Hashed, Part};
+use super::hashing::{self, Extent, Hashed, Part};
 use super::order::Names;
 use super::pack::{Batch, Packed, Packer, Piece, ROOM_MAX};
 use super::pool::Pool;
@@ -27,7 +27,7 @@ use crate::tar_split::Crc64;
 
 /// Small files go to the workers together, up to this many bytes: handing over costs more than compressing one of them.
 const BATCH: usize = 512 << 10;
-/// A file of no more bytes is in one batch as a whole, and a worker hashes it.
+/// A file of no more bytes is in one batch as a whole.
 const SMALL: u64 = 128 << 10;
 /// Bytes of a large file that are looked at together.
 const BLOCK: usize = 128 << 10;
@@ -88,6 +88,7 @@ where
             unhashed,
             batch: Batch::default(),
             rooms: Vec::new(),
+            digests: VecDeque::new(),
             drafts: VecDeque::new(),
             waiting_headers: 0,
             records: 0,
@@ -114,6 +115,8 @@ struct Running<'s, S: Write> {
     batch: Batch,
     /// Room of batches that are done, for those to come.
     rooms: Vec<Vec<u8>>,
+    /// For each batch in the pool, where the digests of the whole files in it come from.
+    digests: VecDeque<Receiver<Vec<Digest>>>,
     /// Entries whose records are not spooled yet, in the input's order.
     drafts: VecDeque<Draft>,
     /// Bytes of headers in them.
@@ -358,7 +361,14 @@ impl<S: Read + Write + Seek> Running<'_, S> {
         }
         if let Some(last) = pieces.last_mut() {
             last.file = Some(start);
+            // The digest of the file is that of its chunk.
+            last.is_hashed = last.start == start;
         }
+        self.batch.files.push(Part {
+            start,
+            end: start + length,
+            extent: Extent::Whole,
+        });
         let added = self.batch.pieces.len() - before;
         self.count(added)
     }
@@ -378,7 +388,7 @@ impl<S: Read + Write + Seek> Running<'_, S> {
         };
         // The piece that is open starts here; what is behind it in the batch belongs to it.
         let mut start = self.batch.data.len();
-        self.batch.large.push(Part {
+        self.batch.files.push(Part {
             start,
             ..Part::default()
         });
@@ -410,9 +420,9 @@ impl<S: Read + Write + Seek> Running<'_, S> {
             }
         }
         let (answer, digest) = bounded(1);
-        if let Some(part) = self.batch.large.last_mut() {
+        if let Some(part) = self.batch.files.last_mut() {
             part.end = self.batch.data.len();
-            part.answer = Some(answer);
+            part.extent = Extent::Last(answer);
         }
         if let Some(draft) = self.drafts.back_mut() {
             draft.record.crc64 = crc.finish();
@@ -464,22 +474,25 @@ impl<S: Read + Write + Seek> Running<'_, S> {
         next.data
             .extend_from_slice(self.batch.data.get(length..).unwrap_or_default());
         self.batch.data.truncate(length);
-        if let Some(open) = self.batch.large.last_mut()
-            && open.answer.is_none()
+        if let Some(open) = self.batch.files.last_mut()
+            && matches!(open.extent, Extent::Open)
         {
             open.end = length;
-            next.large.push(Part::default());
+            next.files.push(Part::default());
         }
-        let batch = Arc::new(std::mem::replace(&mut self.batch, next));
-        if !(batch.data.is_empty() && batch.left_out.is_empty() && batch.large.is_empty()) {
+        let mut batch = std::mem::replace(&mut self.batch, next);
+        let (answer, digests) = bounded(1);
+        batch.digests = Some(answer);
+        let batch = Arc::new(batch);
+        if !(batch.data.is_empty() && batch.left_out.is_empty() && batch.files.is_empty()) {
             self.unhashed
                 .send(Arc::clone(&batch))
                 .map_err(|_| WriteError::ThreadLost)?;
         }
-        self.push(batch)
+        self.push(batch, digests)
     }
 
-    fn push(&mut self, batch: Arc<Batch>) -> Result<(), WriteError> {
+    fn push(&mut self, batch: Arc<Batch>, digests: Receiver<Vec<Digest>>) -> Result<(), WriteError> {
         if batch.pieces.is_empty() {
             return Ok(());
         }
@@ -488,6 +501,7 @@ impl<S: Read + Write + Seek> Running<'_, S> {
             self.collect()?;
         }
         self.pool.push(batch, weight)?;
+        self.digests.push_back(digests);
         Ok(())
     }
 
@@ -504,6 +518,11 @@ impl<S: Read + Write + Seek> Running<'_, S> {
             return Ok(false);
         };
         let packed = packed.map_err(WriteError::Compressor)?;
+        let digests = self.digests.pop_front().ok_or(WriteError::ThreadLost)?;
+        let mut digests = digests
+            .recv_timeout(HASHING)
+            .map_err(|_| WriteError::ThreadLost)?
+            .into_iter();
         let length = packed.data.len();
         let mut at = self.spool.append(packed.data).map_err(WriteError::Spool)?;
         for chunk in packed.chunks {
@@ -513,20 +532,20 @@ impl<S: Read + Write + Seek> Running<'_, S> {
             let stored = if is_shared { length } else { chunk.stored };
             if let Some(draft) = self.drafts.front_mut() {
                 draft.covered += chunk.size;
+                if let Some(crc64) = chunk.file {
+                    draft.record.digest = Some(digests.next().ok_or(WriteError::ThreadLost)?);
+                    draft.record.crc64 = crc64;
+                }
                 draft.record.chunks.push(Chunk {
                     size: chunk.size,
-                    // Where it is hashed elsewhere, it is that of the file, which comes before the record is complete.
-                    digest: chunk.digest.unwrap_or(Digest::EMPTY),
+                    // Where it is hashed elsewhere, it is that of the file; a large one's comes before the record is complete.
+                    digest: chunk.digest.or(draft.record.digest).unwrap_or(Digest::EMPTY),
                     is_hole: chunk.is_hole,
                     at,
                     stored,
                     inner: if is_shared { chunk.stored } else { 0 },
                     shared: packed.shared,
                 });
-                if let Some((digest, crc64)) = chunk.file {
-                    draft.record.digest = Some(digest);
-                    draft.record.crc64 = crc64;
-                }
             }
             if !is_shared {
                 at += stored as u64;

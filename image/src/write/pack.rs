@@ -3,6 +3,8 @@
 use std::io;
 use std::sync::Arc;
 
+use crossbeam_channel::Sender;
+
 use super::coder::{Coder, Coding, THREAD_ROOM_MAX};
 use super::hashing::Part;
 use crate::digest::{Digest, Hasher};
@@ -23,8 +25,10 @@ pub(super) struct Batch {
     /// Where in `data` zeros are left out, and how many.
     pub(super) left_out: Vec<(usize, u64)>,
     pub(super) pieces: Vec<Piece>,
-    /// The parts of it that belong to files which are in no batch as a whole.
-    pub(super) large: Vec<Part>,
+    /// Files and parts of files in it, in the stream's order.
+    pub(super) files: Vec<Part>,
+    /// Who waits for the digests of the files that are in this batch as a whole; for nobody if it has none.
+    pub(super) digests: Option<Sender<Vec<Digest>>>,
 }
 
 /// A chunk in a batch.
@@ -37,7 +41,7 @@ pub(super) struct Piece {
     pub(super) zeros: u64,
     /// For the last chunk of a file that is in this batch as a whole: where the file starts.
     pub(super) file: Option<usize>,
-    /// Whether it is hashed elsewhere: it is a whole large file.
+    /// Whether it is hashed elsewhere: it is a whole file.
     pub(super) is_hashed: bool,
 }
 
@@ -59,8 +63,8 @@ pub(super) struct PackedChunk {
     /// `None` if it is hashed elsewhere.
     pub(super) digest: Option<Digest>,
     pub(super) is_hole: bool,
-    /// Digest and CRC of the file that ends with this chunk, where the batch has all of it.
-    pub(super) file: Option<(Digest, u64)>,
+    /// CRC of the file that ends with this chunk, where the batch has all of it.
+    pub(super) file: Option<u64>,
 }
 
 /// What a thread of the pool needs.
@@ -116,17 +120,10 @@ impl Packer {
                     Some(next_digest()?)
                 }
             };
-            let file = match piece.file {
-                None => None,
-                Some(start) => {
-                    let file = batch.data.get(start..piece.end).unwrap_or_default();
-                    let digest = match digest {
-                        Some(digest) if start == piece.start => digest,
-                        _ => next_digest()?,
-                    };
-                    Some((digest, if self.crc { Crc64::of(file) } else { 0 }))
-                }
-            };
+            let file = piece.file.map(|start| {
+                let file = batch.data.get(start..piece.end).unwrap_or_default();
+                if self.crc { Crc64::of(file) } else { 0 }
+            });
             chunks.push(PackedChunk {
                 size: if piece.zeros > 0 {
                     piece.zeros
@@ -186,19 +183,13 @@ impl Packer {
     }
 }
 
-/// The digests of the chunks of data, and of the files that consist of several chunks, each behind its last chunk.
+/// The digests of the chunks of data.
 fn digests(batch: &Batch) -> Vec<Digest> {
-    let bytes = |start: usize, end: usize| batch.data.get(start..end).unwrap_or_default();
-    let messages = batch.pieces.iter().flat_map(|piece| {
-        let is_wanted = piece.zeros == 0 && !piece.is_hashed;
-        let chunk = is_wanted.then(|| bytes(piece.start, piece.end));
-        let file = piece
-            .file
-            .filter(|start| *start != piece.start)
-            .map(|start| bytes(start, piece.end));
-        [chunk, file].into_iter().flatten()
-    });
-    Digest::of_each(messages)
+    let wanted = batch
+        .pieces
+        .iter()
+        .filter(|piece| piece.zeros == 0 && !piece.is_hashed);
+    Digest::of_each(wanted.map(|piece| batch.data.get(piece.start..piece.end).unwrap_or_default()))
 }
 
 /// Calls `f` with zeros, `count` of them together.
