@@ -402,6 +402,23 @@ impl Running {
         });
         status.unwrap_or_else(|| ExitStatus::from_raw(-1))
     }
+
+    /// Waits for its end as well; returns also the most memory that was resident, in bytes, but for what it took in its last
+    /// 20 ms.
+    pub fn wait_and_weigh(&mut self) -> (ExitStatus, u64) {
+        let path = format!("/proc/{}/status", self.child.id());
+        let (mut status, mut peak) = (None, 0);
+        eventually("a command to end", || {
+            // A process that has ended has no memory to speak of.
+            let lines = fs::read_to_string(&path).unwrap_or_default();
+            let mark = lines.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+            let kib = mark.and_then(|mark| mark.trim().trim_end_matches(" kB").parse::<u64>().ok());
+            peak = peak.max(kib.unwrap_or(0) << 10);
+            status = self.child.try_wait().unwrap();
+            status.is_some()
+        });
+        (status.unwrap_or_else(|| ExitStatus::from_raw(-1)), peak)
+    }
 }
 
 impl Drop for Running {

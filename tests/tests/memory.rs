@@ -1,0 +1,49 @@
+//! A conversion stays below 256 MiB of memory, whatever is asked of it: the largest chunks, levels with the largest tables, more
+//! threads than most machines have cores. The content does not compress, so that compressed chunks are as large as can be.
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on fails where it is")]
+
+use peel_tests::image::{Layer, Tar, noise, push};
+use peel_tests::world::World;
+
+/// What the program promises, in bytes.
+const LIMIT: u64 = 256 << 20;
+/// Bytes of each of the layer's two files: several of the largest chunks.
+const LENGTH: usize = 80 << 20;
+
+#[test]
+fn a_conversion_needs_less_than_256_mib() {
+    const LARGEST: &str = "33554432";
+    let tar = Tar::new()
+        .file("one", &noise(1, LENGTH))
+        .file("two", &noise(2, LENGTH))
+        .finish();
+    let world = World::new();
+    let registry = world.registry();
+    let source = push(&registry, "app", "plain", &[Layer::plain(&tar)]);
+    let stargz = ["--zstdchunked", "--dialect", "stargz", "--zstdchunked-chunk-size"];
+    let cases: &[&[&str]] = &[
+        &["--estargz"],
+        &["--estargz", "--estargz-chunk-size", LARGEST],
+        &["--estargz", "--estargz-min-chunk-size", LARGEST],
+        &["--zstdchunked"],
+        &["--zstdchunked", "--zstdchunked-compression-level", "22"],
+        &[&stargz[..], &[LARGEST]].concat(),
+        &[&stargz[..], &["8388608"]].concat(),
+        &[&stargz[..], &[LARGEST, "--zstdchunked-compression-level", "11"]].concat(),
+        &["--zstd", "--zstd-compression-level", "11"],
+    ];
+    for (number, case) in cases.iter().enumerate() {
+        let target = format!("oci:{}:x", world.path(&format!("out{number}")).display());
+        let arguments = [
+            &["convert", "--estargz-parallelism", "16"],
+            *case,
+            &[&source, &target],
+        ]
+        .concat();
+        let (status, peak) = world.start(&arguments).wait_and_weigh();
+        assert!(status.success(), "{case:?}: {status}");
+        // Less would mean that the measurement saw nothing.
+        let range = 16 << 20..LIMIT;
+        assert!(range.contains(&peak), "{case:?} took {} MiB", peak >> 20);
+    }
+}
