@@ -1,6 +1,5 @@
 //! A conversion stays below 256 MiB of memory, whatever is asked of it: the largest chunks, levels with the largest tables, more
 //! threads than most machines have cores. The content does not compress, so that compressed chunks are as large as can be.
-#![expect(clippy::unwrap_used, reason = "a test that cannot go on fails where it is")]
 
 use peel_tests::image::{Layer, Tar, noise, push};
 use peel_tests::world::World;
