@@ -251,6 +251,7 @@ impl Engine {
         match self.look(object, file) {
             // What is left of another image's attempt at this object is about to be let go.
             Err(peel_store::Error::ChunkListConflict(_)) if Instant::now() < deadline => {
+                self.completer.let_go(object.number);
                 self.hurry(object);
                 return self.read_later(object, offset, length, deadline, answer);
             }

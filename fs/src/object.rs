@@ -162,6 +162,8 @@ pub(crate) struct State {
     pub(crate) wrong: BTreeSet<u32>,
     /// Failed fetches since the last good one.
     pub(crate) failures: u32,
+    /// The disk keeps it from being completed, and that was said.
+    pub(crate) unkept: bool,
 }
 
 impl State {

@@ -3,11 +3,13 @@
 //!
 //! What must hold: a read that waits for the whole of an object never waits for other files that nobody reads. Its file is hashed
 //! where the last chunk came, or, if it was in the queue of `peel-complete` already, taken out of it by a thread `peel-whole-N`. No
-//! file is hashed twice at a time; [`PartialObject::complete`] sees to that.
+//! file is hashed twice at a time; [`PartialObject::complete`] sees to that. A file that the disk keeps from becoming an object is tried
+//! again a few times, by `peel-complete`.
 
 use std::collections::{BTreeSet, VecDeque};
 use std::sync::{Arc, Mutex};
 use std::thread;
+use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, TrySendError, bounded, select};
 use peel_store::PartialObject;
@@ -28,6 +30,18 @@ const URGENT_THREADS: usize = 2;
 /// Files that reads wait for and that wait for a thread. Beyond these, they wait with those that nobody reads.
 const URGENT_QUEUE: usize = 256;
 
+/// Pauses before a file is tried again that the disk kept from becoming an object: it may be full for a moment, or until somebody has
+/// seen to it. After the last one, the next read of the whole or the next open tries.
+const PAUSES: [Duration; 5] = [
+    Duration::from_secs(1),
+    Duration::from_secs(4),
+    Duration::from_secs(16),
+    Duration::from_secs(64),
+    Duration::from_secs(256),
+];
+/// Such files that are kept open for that. Each has two descriptors; where the disk is full, there may be any number.
+const PUT_OFF: usize = 64;
+
 /// A file all of whose chunks are on disk.
 #[derive(Debug)]
 pub(super) struct Completion {
@@ -36,6 +50,8 @@ pub(super) struct Completion {
     pub(super) partial: Arc<PartialObject>,
     /// Generation of the object's chunk list when its last chunk was claimed.
     pub(super) generation: u32,
+    /// How often the disk kept it from becoming an object.
+    attempts: usize,
 }
 
 /// The threads and their queues.
@@ -57,6 +73,80 @@ struct Waiting {
     files: VecDeque<Completion>,
     /// Numbers of the objects in the other queue: each is there once, however many reads wait for it.
     urgent: BTreeSet<u32>,
+    /// Files that are tried again, at most [`PUT_OFF`].
+    put_off: Vec<PutOff>,
+}
+
+/// A file that is tried again.
+#[derive(Debug)]
+struct PutOff {
+    completion: Completion,
+    /// When the last attempt failed.
+    since: Instant,
+    /// When the next one is due.
+    due: Instant,
+}
+
+/// What is known of an object.
+#[derive(Debug)]
+enum Taken {
+    /// It was in the queue.
+    Queued(Completion),
+    /// It is tried again soon.
+    PutOff,
+    /// It is not here.
+    Unknown,
+}
+
+impl Waiting {
+    /// The next file, or how long until there may be one.
+    fn next(&mut self, now: Instant) -> Result<Completion, Option<Duration>> {
+        if let Some(place) = self.put_off.iter().position(|file| file.due <= now) {
+            return Ok(self.put_off.swap_remove(place).completion);
+        }
+        let due = self.put_off.iter().map(|file| file.due).min();
+        self.files
+            .pop_front()
+            .ok_or(due.map(|due| due.saturating_duration_since(now)))
+    }
+
+    /// Has a file tried again that has just failed. Gives it back if that was its last attempt, if there is no room, or
+    /// if it is here already.
+    fn put_off(&mut self, mut completion: Completion, now: Instant) -> Result<(), Completion> {
+        let object = completion.object.number;
+        let is_here = || {
+            self.put_off
+                .iter()
+                .any(|file| file.completion.object.number == object)
+        };
+        let pause = PAUSES.get(completion.attempts);
+        let Some(pause) = pause.filter(|_| self.put_off.len() < PUT_OFF && !is_here()) else {
+            return Err(completion);
+        };
+        completion.attempts += 1;
+        self.put_off.push(PutOff {
+            completion,
+            since: now,
+            due: now + *pause,
+        });
+        Ok(())
+    }
+
+    /// A read needs the whole of the object: takes it out of the queue. If it is to be tried again, that is soon, but not at once: reads
+    /// may come many times a second.
+    fn take(&mut self, object: u32) -> Taken {
+        let is_it = |completion: &Completion| completion.object.number == object;
+        if let Some(file) = self.put_off.iter_mut().find(|file| is_it(&file.completion)) {
+            let [first, ..] = PAUSES;
+            file.completion.attempts = 0;
+            file.due = file.due.min(file.since + first);
+            return Taken::PutOff;
+        }
+        let place = self.files.iter().position(is_it);
+        place
+            .and_then(|place| self.files.remove(place))
+            .map_or(Taken::Unknown, Taken::Queued)
+    }
 }
 
 impl Completer {
@@ -102,12 +192,23 @@ impl Completer {
         Ok(())
     }
 
-    /// Takes the file of an object out of the queue, if it is there.
-    fn take(&self, object: u32) -> Option<Completion> {
+    /// Has a file tried again that the disk has just kept from becoming an object, a few times.
+    fn put_off(&self, completion: Completion) {
+        let engine = Arc::clone(&completion.engine);
+        // Bound to a name, because what is dropped may be the last of more than itself: not under the lock.
+        let given_up = lock(&self.waiting).put_off(completion, Instant::now());
+        self.wake(&engine);
+        drop(given_up);
+    }
+
+    /// Tries the file of an object no more that was put off: it stands in the way of another chunk list.
+    pub(super) fn let_go(&self, object: u32) {
         let mut waiting = lock(&self.waiting);
-        let mut files = waiting.files.iter();
-        let place = files.position(|completion| completion.object.number == object)?;
-        waiting.files.remove(place)
+        let mut files = waiting.put_off.iter();
+        let place = files.position(|file| file.completion.object.number == object);
+        let file = place.map(|place| waiting.put_off.swap_remove(place));
+        drop(waiting);
+        drop(file);
     }
 
     /// Takes a file on that a read waits for.
@@ -170,13 +271,18 @@ fn work(waiting: &Mutex<Waiting>, woken: &Receiver<()>, stopped: &Receiver<()>) 
             return;
         }
         // A statement of its own: the lock must be free while the file is hashed.
-        let next = lock(waiting).files.pop_front();
-        if let Some(completion) = next {
-            completion.run();
-            continue;
-        }
+        let next = lock(waiting).next(Instant::now());
+        let pause = match next {
+            Ok(completion) => {
+                completion.run();
+                continue;
+            }
+            Err(Some(pause)) => crossbeam_channel::after(pause),
+            Err(None) => crossbeam_channel::never(),
+        };
         select! {
             recv(woken) -> message => if message.is_err() { return },
+            recv(pause) -> _ => {}
             recv(stopped) -> _ => return,
         }
     }
@@ -204,21 +310,21 @@ impl Engine {
     /// A read waits for the whole of an object, and for no chunk that it could ask for: sees to it that the file is hashed now, if all
     /// of it is on disk. If its last chunk is on its way there, whoever brings it sees the read.
     pub(super) fn hurry(self: &Arc<Self>, object: &Arc<Object>) {
-        let completion = self.completer.take(object.number).or_else(|| {
-            let state = lock(&object.state);
-            match &state.backing {
-                Backing::Partial(partial) if partial.absent() == 0 => Some(Completion {
-                    engine: Arc::clone(self),
-                    object: Arc::clone(object),
-                    partial: Arc::clone(partial),
-                    generation: state.generation,
-                }),
-                _ => None,
+        let taken = lock(&self.completer.waiting).take(object.number);
+        let completion = match taken {
+            Taken::Queued(completion) => completion,
+            Taken::PutOff => return self.completer.wake(self),
+            Taken::Unknown => {
+                let state = lock(&object.state);
+                match &state.backing {
+                    Backing::Partial(partial) if partial.absent() == 0 => {
+                        Completion::new(self, object, partial, state.generation)
+                    }
+                    _ => return,
+                }
             }
-        });
-        if let Some(completion) = completion {
-            self.completer.submit_urgent(completion);
-        }
+        };
+        self.completer.submit_urgent(completion);
     }
 
     /// An object of which all chunks are on disk is made one: here and now if a read waits for that or if it is small, else by and by.
@@ -250,16 +356,27 @@ impl Engine {
 }
 
 impl Completion {
-    /// Hashes the file and makes it an object. False when it did not become one.
-    pub(super) fn run(self) -> bool {
-        let Self {
-            engine,
-            object,
-            partial,
+    /// All chunks of the object are on disk, the last one by the chunk list of that generation.
+    pub(super) fn new(
+        engine: &Arc<Engine>,
+        object: &Arc<Object>,
+        partial: &Arc<PartialObject>,
+        generation: u32,
+    ) -> Self {
+        Self {
+            engine: Arc::clone(engine),
+            object: Arc::clone(object),
+            partial: Arc::clone(partial),
             generation,
-        } = self;
-        match partial.complete() {
-            Ok(()) if partial.is_complete() => {
+            attempts: 0,
+        }
+    }
+
+    /// Hashes the file and makes it an object. False when it did not become one.
+    fn run(self) -> bool {
+        let (engine, object) = (Arc::clone(&self.engine), Arc::clone(&self.object));
+        match self.partial.complete() {
+            Ok(()) if self.partial.is_complete() => {
                 engine.completed(&object);
                 return true;
             }
@@ -268,10 +385,21 @@ impl Completion {
             Err(error) if deliver::is_false(&error) => {
                 let file = object.describe();
                 tracing::error!(%file, object = %object.digest, %error, "the chunks of this file are right, but it is not");
-                engine.falsified(&object, generation);
+                engine.falsified(&object, self.generation);
             }
             Err(error) => {
-                tracing::error!(object = %object.digest, %error, "cannot complete an object");
+                let known = std::mem::replace(&mut lock(&object.state).unkept, true);
+                if known {
+                    tracing::debug!(object = %object.digest, %error, "an object can still not be completed");
+                } else {
+                    let file = object.describe();
+                    tracing::error!(
+                        %file, object = %object.digest, %error,
+                        "all of this file is here, but the disk keeps it from becoming an object; this is tried again for some minutes, and \
+                         when the file is opened later. See that the disk of the store has room and no errors"
+                    );
+                }
+                engine.completer.put_off(self);
             }
         }
         false

@@ -98,12 +98,9 @@ impl Claim {
         let (object, engine) = (Arc::clone(&self.object), Arc::clone(&self.engine));
         let generation = self.generation;
         let completed = match backing {
-            Backing::Partial(partial) if last => engine.finish(Completion {
-                engine: Arc::clone(&engine),
-                object: Arc::clone(&object),
-                partial: Arc::clone(partial),
-                generation,
-            }),
+            Backing::Partial(partial) if last => {
+                engine.finish(Completion::new(&engine, &object, partial, generation))
+            }
             Backing::Partial(_) => false,
             _ => {
                 if last {
@@ -240,6 +237,7 @@ impl Engine {
             state.flights.clear();
             state.wrong.clear();
             state.wrong_turns = 0;
+            state.unkept = false;
             let waiters = std::mem::take(&mut state.waiters);
             let ready = waiters
                 .into_iter()

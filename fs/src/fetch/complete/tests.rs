@@ -176,3 +176,80 @@ fn files_that_nobody_reads_stay_in_the_queue() {
     assert!(!bench.engine.store.has_object(&digest));
     assert_eq!(lock(&bench.engine.completer.waiting).files.len(), 1);
 }
+
+/// Waits until something holds, at most [`PATIENCE`].
+fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
+    let end = Instant::now() + PATIENCE;
+    while !holds() {
+        assert!(Instant::now() < end, "it never came true: {what}");
+        thread::sleep(Duration::from_millis(10));
+    }
+}
+
+#[test]
+fn a_file_that_the_disk_did_not_take_is_tried_again() {
+    for is_read in [false, true] {
+        let bench = Bench::new();
+        let (bytes, digest, chunks) = file(3);
+        let (layer, object) = bench.register(digest, chunks.clone());
+        if is_read {
+            let mut other_way = chunks;
+            other_way[1].digest = Digest::EMPTY;
+            bench.register(digest, other_way);
+        }
+        // Nothing can be named there.
+        let shard = bench
+            .engine
+            .store
+            .object_path(&digest)
+            .parent()
+            .unwrap()
+            .to_owned();
+        let away = shard.with_extension("away");
+        std::fs::rename(&shard, &away).unwrap();
+        bench.bring(&layer, &bytes);
+        eventually("the first attempt fails", || lock(&object.state).unkept);
+        let read = is_read.then(|| bench.read(&object));
+        eventually("it is put off", || {
+            lock(&bench.engine.completer.waiting).put_off.len() == 1
+        });
+        std::fs::rename(&away, &shard).unwrap();
+        eventually("it is an object", || bench.engine.store.has_object(&digest));
+        if let Some(read) = read {
+            assert!(read.recv_timeout(PATIENCE).unwrap().unwrap() == bytes[..100]);
+        }
+        eventually("all is well again", || !lock(&object.state).unkept);
+        assert!(lock(&bench.engine.completer.waiting).put_off.is_empty());
+    }
+}
+
+#[test]
+fn attempts_become_rare_and_end() {
+    let bench = Bench::new();
+    bench.block_queue();
+    let (bytes, digest, chunks) = file(4);
+    let (layer, object) = bench.register(digest, chunks);
+    bench.bring(&layer, &bytes);
+    let mut waiting = std::mem::take(&mut *lock(&bench.engine.completer.waiting));
+    let mut now = Instant::now();
+    let mut completion = waiting.next(now).unwrap();
+    for pause in PAUSES {
+        waiting.put_off(completion, now).unwrap();
+        let early = pause - Duration::from_millis(1);
+        assert_eq!(
+            waiting.next(now + early).unwrap_err(),
+            Some(Duration::from_millis(1))
+        );
+        now += pause;
+        completion = waiting.next(now).unwrap();
+    }
+    let mut completion = waiting.put_off(completion, now).unwrap_err();
+    assert_eq!(waiting.next(now).unwrap_err(), None);
+    // A read has it tried soon, and then from the beginning.
+    completion.attempts = PAUSES.len() - 1;
+    waiting.put_off(completion, now).unwrap();
+    assert!(matches!(waiting.take(object.number), Taken::PutOff));
+    assert_eq!(waiting.next(now).unwrap_err(), Some(PAUSES[0]));
+    assert_eq!(waiting.next(now + PAUSES[0]).unwrap().attempts, 0);
+    assert!(matches!(waiting.take(object.number), Taken::Unknown));
+}
