@@ -20,6 +20,7 @@ mod error;
 pub mod fuzzing;
 mod layout;
 mod name;
+mod nameless;
 mod options;
 mod source;
 mod target;

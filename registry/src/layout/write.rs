@@ -1,5 +1,5 @@
 //! Writing OCI layouts: blobs appear under their digest only when they are whole and checked, the index is replaced in one
-//! step, and a lock on `oci-layout` keeps two writers of the index apart. A killed writer leaves at most a temporary file.
+//! step, and a lock on `oci-layout` keeps two writers of the index apart. A killed writer leaves nothing but whole blobs.
 
 use std::collections::HashMap;
 use std::fs::{DirBuilder, File, OpenOptions};
@@ -12,10 +12,10 @@ use bytes::Bytes;
 use futures::TryStreamExt;
 use oci_spec::image::{Descriptor, ImageIndex, MediaType};
 use peel_image::{Digest, Hasher};
-use tempfile::NamedTempFile;
 
 use super::{MAX_INDEX, REF_NAME, blob_name, parse_index, read_small, tag_of};
 use crate::error::Error;
+use crate::nameless::Nameless;
 use crate::source::blocking;
 use crate::target::ByteSource;
 use crate::transfer::file::Stretch;
@@ -84,7 +84,7 @@ impl LayoutWriter {
     /// Begins a blob whose digest is not known yet. Blocks on the disk.
     pub(crate) fn begin(&self) -> Result<GrowingBlob, Error> {
         let dir = self.dir.join("blobs/sha256");
-        let file = NamedTempFile::new_in(&dir).map_err(Error::file(dir, "cannot be written"))?;
+        let file = Nameless::new_in(&dir).map_err(Error::file(dir, "cannot be written"))?;
         Ok(GrowingBlob {
             writer: self.clone(),
             parts: Some((file, Hasher::new())),
@@ -179,12 +179,12 @@ impl LayoutWriter {
     /// Replaces `path` in one step.
     fn replace(&self, path: &Path, bytes: &[u8], sync: bool) -> Result<(), Error> {
         let dir = path.parent().unwrap_or(&self.dir);
-        let mut file = NamedTempFile::new_in(dir).map_err(Error::file(dir, "cannot be written"))?;
+        let mut file = Nameless::new_in(dir).map_err(Error::file(dir, "cannot be written"))?;
         let written = file
             .write_all(bytes)
-            .and_then(|()| if sync { file.as_file().sync_all() } else { Ok(()) });
-        written.map_err(Error::file(path, "cannot be written"))?;
-        persist(file, path)
+            .and_then(|()| if sync { file.sync() } else { Ok(()) })
+            .and_then(|()| file.name(path));
+        written.map_err(Error::file(path, "cannot be written"))
     }
 }
 
@@ -193,7 +193,7 @@ impl LayoutWriter {
 pub(crate) struct GrowingBlob {
     writer: LayoutWriter,
     /// The file and the hash of what is in it; `None` after an error.
-    parts: Option<(NamedTempFile, Hasher)>,
+    parts: Option<(Nameless, Hasher)>,
     /// Bytes so far.
     size: u64,
     waiting: Vec<Bytes>,
@@ -258,22 +258,13 @@ impl GrowingBlob {
         blocking(move || {
             let there = writer.has(&digest, size);
             if !there {
-                persist(file, &writer.blob_path(&digest))?;
+                let path = writer.blob_path(&digest);
+                file.name(&path).map_err(Error::file(path, "cannot be written"))?;
             }
             Ok(!there)
         })
         .await
     }
-}
-
-fn persist(file: NamedTempFile, path: &Path) -> Result<(), Error> {
-    use std::os::unix::fs::PermissionsExt;
-    // Temporary files are private; blobs of a layout are for everyone who may enter its directory.
-    std::fs::set_permissions(file.path(), std::fs::Permissions::from_mode(0o644))
-        .map_err(Error::file(path, "cannot be written"))?;
-    file.persist(path)
-        .map(drop)
-        .map_err(|error| Error::file(path, "cannot be written")(error.error))
 }
 
 #[cfg(test)]

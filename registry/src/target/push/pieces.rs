@@ -17,10 +17,10 @@ use bytes::{Bytes, BytesMut};
 use futures::StreamExt;
 use peel_image::Digest;
 use reqwest::Url;
-use tempfile::NamedTempFile;
 
 use super::{Push, Upload, Uploading, nothing};
 use crate::error::Error;
+use crate::nameless::Nameless;
 use crate::source::blocking;
 
 /// Bytes of a piece: some round trips of a fast link, and little memory.
@@ -57,7 +57,7 @@ enum State {
     /// Piece by piece.
     Open(Uploading),
     /// Gathered, for a registry that wants all at once.
-    Whole(BufWriter<NamedTempFile>),
+    Whole(BufWriter<Nameless>),
     /// An upload that failed.
     Failed,
 }
@@ -210,7 +210,7 @@ impl Pieces {
                     location,
                     offset: 0,
                 };
-                let upload = Upload::File(file.path().to_owned());
+                let upload = Upload::File(file.path());
                 self.push.send_again(uploading, digest, size, &upload).await
             }
             State::Failed => Err(self
@@ -340,18 +340,15 @@ fn spool_failed(error: std::io::Error) -> Error {
     )(error)
 }
 
-async fn temporary() -> Result<BufWriter<NamedTempFile>, Error> {
+async fn temporary() -> Result<BufWriter<Nameless>, Error> {
     blocking(|| {
-        let file = NamedTempFile::new_in(temporary_directory()).map_err(spool_failed)?;
+        let file = Nameless::new_in(&temporary_directory()).map_err(spool_failed)?;
         Ok(BufWriter::new(file))
     })
     .await
 }
 
-async fn append(
-    mut file: BufWriter<NamedTempFile>,
-    parts: Vec<Bytes>,
-) -> Result<BufWriter<NamedTempFile>, Error> {
+async fn append(mut file: BufWriter<Nameless>, parts: Vec<Bytes>) -> Result<BufWriter<Nameless>, Error> {
     blocking(move || {
         for part in parts {
             file.write_all(&part).map_err(spool_failed)?;
