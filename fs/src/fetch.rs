@@ -47,7 +47,7 @@ use crate::{Options, Stats, lock};
 use claim::Claimed;
 use complete::Completer;
 use deadlines::Deadlines;
-use decode::{Decoders, Job, Lane};
+use decode::{Decoders, Lane};
 use layer::{Layer, LayerFile};
 
 /// Threads of the network runtime: they only move bytes.
@@ -553,7 +553,7 @@ impl Engine {
                     chunk,
                 };
                 if let Claimed::Fetch(claim) | Claimed::Verify(claim) = self.claim(&source.layer, position) {
-                    self.decoders.submit(Lane::Demand, Job::Zeros(claim));
+                    self.completer.submit_zeros(claim);
                 }
             }
         }

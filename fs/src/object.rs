@@ -26,7 +26,7 @@ pub(crate) use snapshot::Snapshot;
 
 /// Which list of chunks describes an object.
 ///
-/// A list of one chunk is vouched for by the object's own name; any other is only as good as the TOC that it stands
+/// A list of one chunk, or of zeros alone, is vouched for by the object's own name; any other is only as good as the TOC that it stands
 /// in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum ListId {
@@ -34,6 +34,9 @@ pub(crate) enum ListId {
     Whole,
     /// One chunk, the whole file, of this size.
     Single(u64),
+    /// Nothing but zeros, this many, says the TOC: its word is not taken for it, but found false it must not speak against the bytes
+    /// that others have for the object.
+    Zeros(u64),
     /// Several chunks: hash over sizes and digests, and which are runs of zeros.
     Several(Digest),
 }
@@ -44,6 +47,7 @@ impl ListId {
     pub(crate) fn of(size: u64, chunks: &[Chunk]) -> Self {
         match chunks {
             [] => Self::Whole,
+            [chunk] if chunk.source == ChunkSource::Zeros => Self::Zeros(size),
             [_] => Self::Single(size),
             _ => {
                 let mut hasher = Hasher::new();
@@ -542,6 +546,8 @@ mod tests {
         assert_eq!(list(blob(0), blob(5)), list(blob(70), blob(90)));
         // A false word about zeros in one image must not be believed by another.
         assert_ne!(list(blob(0), blob(5)), list(blob(0), ChunkSource::Zeros));
+        let single = |source| ListId::of(10, &[chunk(0, source)]);
+        assert_ne!(single(blob(0)), single(ChunkSource::Zeros));
     }
 
     #[test]

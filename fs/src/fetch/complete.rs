@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, Sender, TrySendError, bounded, select};
 use peel_store::PartialObject;
 
+use super::claim::Claim;
 use super::{Engine, deliver};
 use crate::error::Error;
 use crate::lock;
@@ -27,7 +28,8 @@ const QUEUE: usize = 64;
 const NICE: i32 = 10;
 /// Threads for files that reads wait for: with a second one, a large file does not hold up all others.
 const URGENT_THREADS: usize = 2;
-/// Files that reads wait for and that wait for a thread. Beyond these, they wait with those that nobody reads.
+/// Files that reads wait for and that wait for a thread. Beyond these, they wait with those that nobody reads; those of zeros are tried
+/// again later.
 const URGENT_QUEUE: usize = 256;
 
 /// Pauses before a file is tried again that the disk kept from becoming an object: it may be full for a moment, or until somebody has
@@ -61,10 +63,19 @@ pub(super) struct Completer {
     /// One message says it all: there are some.
     wake: Sender<()>,
     stop: Sender<()>,
-    urgent: Sender<Completion>,
+    urgent: Sender<Urgent>,
     /// The other end, to empty it at the end.
-    urgent_queue: Receiver<Completion>,
+    urgent_queue: Receiver<Urgent>,
     stop_urgent: Sender<()>,
+}
+
+/// What a read waits for.
+#[derive(Debug)]
+enum Urgent {
+    /// All chunks are on disk.
+    File(Completion),
+    /// The file is nothing but zeros, if its chunk list is right.
+    Zeros(Claim),
 }
 
 #[derive(Debug, Default)]
@@ -217,12 +228,25 @@ impl Completer {
         if !lock(&self.waiting).urgent.insert(object) {
             return;
         }
-        if let Err(TrySendError::Full(completion)) = self.urgent.try_send(completion) {
+        if let Err(TrySendError::Full(Urgent::File(completion))) =
+            self.urgent.try_send(Urgent::File(completion))
+        {
             let mut waiting = lock(&self.waiting);
             waiting.urgent.remove(&object);
             waiting.files.push_front(completion);
         }
         self.wake(&engine);
+    }
+
+    /// Takes on a file of nothing but zeros that a read waits for. There is nothing to fetch, but there may be as much to hash as in the
+    /// largest files.
+    pub(super) fn submit_zeros(&self, claim: Claim) {
+        let engine = Arc::clone(&claim.engine);
+        // A claim that finds no room is dropped, and tried again while reads wait.
+        drop(self.urgent.try_send(Urgent::Zeros(claim)));
+        if engine.is_stopping() {
+            self.discard();
+        }
     }
 
     /// Tells the thread that there is something to do, unless all is over.
@@ -288,14 +312,15 @@ fn work(waiting: &Mutex<Waiting>, woken: &Receiver<()>, stopped: &Receiver<()>) 
     }
 }
 
-fn work_urgently(files: &Receiver<Completion>, waiting: &Mutex<Waiting>, stopped: &Receiver<()>) {
+fn work_urgently(files: &Receiver<Urgent>, waiting: &Mutex<Waiting>, stopped: &Receiver<()>) {
     loop {
         if stopped.try_recv().is_ok() {
             return;
         }
         select! {
-            recv(files) -> completion => match completion {
-                Ok(completion) => {
+            recv(files) -> urgent => match urgent {
+                Ok(Urgent::Zeros(claim)) => zeros(claim),
+                Ok(Urgent::File(completion)) => {
                     lock(waiting).urgent.remove(&completion.object.number);
                     completion.run();
                 }
@@ -303,6 +328,22 @@ fn work_urgently(files: &Receiver<Completion>, waiting: &Mutex<Waiting>, stopped
             },
             recv(stopped) -> _ => return,
         }
+    }
+}
+
+/// Delivers a file that is nothing but zeros: only then a run of zeros is asked for, because the store has runs of zeros in partial
+/// objects from the start. The claim is for all of the object, which nobody hashes after this; the index lets no more zeros through
+/// than can be hashed while a read waits.
+fn zeros(claim: Claim) {
+    let size = claim.layer.chunk(claim.position).map(|(_, chunk)| chunk.size);
+    match claim
+        .engine
+        .store
+        .add_zeros(&claim.object.digest, size.unwrap_or(0))
+    {
+        Ok(true) => claim.kept(),
+        Ok(false) => claim.false_zeros(),
+        Err(error) => claim.not_kept(&error),
     }
 }
 

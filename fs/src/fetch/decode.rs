@@ -1,5 +1,5 @@
 //! The decode threads: inflate streams, check digests, and hand verified chunks on. All CPU work of the engine
-//! happens here, and all writing to the store, but for the hashing of large files once they are whole ([`super::complete`]).
+//! happens here, and all writing to the store, but for the hashing of large files, and of files of zeros, as a whole ([`super::complete`]).
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -47,8 +47,6 @@ pub(crate) enum Job {
     },
     /// Hash a chunk that an earlier process left.
     Verify(Claim),
-    /// Deliver a run of zeros.
-    Zeros(Claim),
 }
 
 /// The threads and their queues.
@@ -167,21 +165,6 @@ fn run(job: Job) {
             drop(permit);
         }
         Job::Verify(claim) => verify(claim),
-        Job::Zeros(claim) => {
-            let size = claim.layer.chunk(claim.position).map(|(_, chunk)| chunk.size);
-            zeros(claim, size.unwrap_or(0));
-        }
-    }
-}
-
-/// Delivers a file that is nothing but zeros: only then a run of zeros is asked for, because the store has runs of zeros in partial
-/// objects from the start. The claim is for all of the object, which nobody hashes after this; the index lets no more zeros through
-/// than can be hashed while a read waits.
-fn zeros(claim: Claim, size: u64) {
-    match claim.engine.store.add_zeros(&claim.object.digest, size) {
-        Ok(true) => claim.kept(),
-        Ok(false) => claim.wrong(&format!("{size} zeros have another digest")),
-        Err(error) => claim.wrong(&format!("its zeros cannot be kept in the store: {error}")),
     }
 }
 

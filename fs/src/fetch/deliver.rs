@@ -167,6 +167,47 @@ impl Claim {
     }
 }
 
+impl Claim {
+    /// The file is not the run of zeros that its chunk list calls it. One look at so many bytes is enough: that list is not used again,
+    /// whoever has it; another one may tell the truth.
+    pub(super) fn false_zeros(self) {
+        let (object, engine, generation) = (
+            Arc::clone(&self.object),
+            Arc::clone(&self.engine),
+            self.generation,
+        );
+        tracing::error!(
+            file = %object.describe(), layer = %self.layer.digest, object = %object.digest,
+            "the table of contents calls this file a run of zeros, but those have another digest"
+        );
+        self.settle();
+        engine.falsified(&object, generation);
+    }
+
+    /// The bytes are right, but the store could not take them. The reads that wait fail; later ones try again.
+    pub(super) fn not_kept(self, error: &peel_store::Error) {
+        let chunk = self.chunk();
+        tracing::error!(
+            file = %self.object.describe(), object = %self.object.digest, %error,
+            "cannot keep a file of zeros in the store; see that its disk has room and no errors"
+        );
+        let failed = {
+            let mut state = lock(&self.object.state);
+            if state.generation == self.generation {
+                state.flights.remove(&chunk);
+            }
+            let (failed, waiting) = std::mem::take(&mut state.waiters)
+                .into_iter()
+                .partition(|waiter: &Waiter| waiter.missing.contains(&chunk));
+            state.waiters = waiting;
+            state.rest();
+            failed
+        };
+        self.settle();
+        fail(failed);
+    }
+}
+
 impl Engine {
     /// Answers the reads for which this chunk was the last one.
     fn arrived(self: &Arc<Self>, object: &Arc<Object>, chunk: u32) {

@@ -14,6 +14,7 @@ use super::*;
 use crate::Options;
 use crate::fetch::claim::Claimed;
 use crate::fetch::layer::{Layer, Position};
+use crate::object::ListId;
 
 const CHUNK: usize = 3 << 20;
 const CHUNKS: usize = 3;
@@ -252,4 +253,79 @@ fn attempts_become_rare_and_end() {
     assert_eq!(waiting.next(now).unwrap_err(), Some(PAUSES[0]));
     assert_eq!(waiting.next(now + PAUSES[0]).unwrap().attempts, 0);
     assert!(matches!(waiting.take(object.number), Taken::Unknown));
+}
+
+/// A file that is called nothing but zeros.
+fn zeros(digest: Digest, size: u64) -> Vec<Chunk> {
+    vec![Chunk {
+        file_offset: 0,
+        size,
+        digest,
+        source: ChunkSource::Zeros,
+    }]
+}
+
+#[test]
+fn zeros_come_without_the_decode_threads() {
+    let bench = Bench::new();
+    bench.engine.decoders.stop();
+    let size = 3 << 20;
+    let digest = Digest::of_zeros(size);
+    let (_, object) = bench.register(digest, zeros(digest, size));
+    let answer = bench.read(&object).recv_timeout(PATIENCE).unwrap();
+    assert_eq!(answer.unwrap(), [0; 100]);
+    assert_eq!(bench.engine.store.object_size(&digest), Some(size));
+}
+
+#[test]
+fn false_zeros_are_hashed_once_and_hurt_nobody_else() {
+    let bench = Bench::new();
+    let data = vec![5; CHUNK];
+    let digest = Digest::of(&data);
+    let size = CHUNK as u64;
+    let (liar, object) = bench.register(digest, zeros(digest, size));
+    let answer = bench.read(&object).recv_timeout(PATIENCE).unwrap();
+    assert_eq!(answer.unwrap_err(), Errno::IO);
+    assert_eq!(lock(&object.state).false_lists, [ListId::Zeros(size)]);
+    let position = Position { file: 0, chunk: 0 };
+    assert!(matches!(bench.engine.claim(&liar, position), Claimed::No));
+    let answer = bench.read(&object).recv_timeout(PATIENCE).unwrap();
+    assert_eq!(answer.unwrap_err(), Errno::IO, "without another look");
+    // An image that has the file, in one chunk of the same length.
+    let mut chunks = zeros(digest, size);
+    chunks[0].source = ChunkSource::Blob {
+        encoding: Encoding::Gzip,
+        offset: 0,
+        compressed_size: 1000,
+        inner_offset: 0,
+    };
+    let (honest, _) = bench.register(digest, chunks);
+    let Claimed::Fetch(claim) = bench.engine.claim(&honest, position) else {
+        panic!("the file is not here");
+    };
+    claim.deliver(data.to_vec());
+    let answer = bench.read(&object).recv_timeout(PATIENCE).unwrap();
+    assert!(answer.unwrap() == data[..100]);
+}
+
+#[test]
+fn zeros_that_the_disk_does_not_take_fail_their_reads_only() {
+    let bench = Bench::new();
+    let size = 1 << 20;
+    let digest = Digest::of_zeros(size);
+    let (_, object) = bench.register(digest, zeros(digest, size));
+    let shard = bench
+        .engine
+        .store
+        .object_path(&digest)
+        .parent()
+        .unwrap()
+        .to_owned();
+    let away = shard.with_extension("away");
+    std::fs::rename(&shard, &away).unwrap();
+    let answer = bench.read(&object).recv_timeout(PATIENCE).unwrap();
+    assert_eq!(answer.unwrap_err(), Errno::IO);
+    std::fs::rename(&away, &shard).unwrap();
+    let answer = bench.read(&object).recv_timeout(PATIENCE).unwrap();
+    assert_eq!(answer.unwrap(), [0; 100]);
 }
