@@ -16,8 +16,10 @@ const LOG_MAX: u64 = 8 << 20;
 
 /// What is logged: `PEEL_LOG` (the syntax of tracing's `EnvFilter`) or else by `-v`.
 fn filter(verbose: u8, default: &str) -> EnvFilter {
+    // What it logs as an error is in peel's own, with what to do about it.
+    let quiet = format!("{default},rustls_platform_verifier=off");
     let level = match verbose {
-        0 => default,
+        0 => quiet.as_str(),
         1 => {
             "peel=info,peel_fs=info,peel_registry=info,peel_store=info,peel_sandbox=info,peel_analyzer=info,warn"
         }

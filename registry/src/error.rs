@@ -163,6 +163,12 @@ pub enum Error {
         /// What is wrong with it.
         reason: String,
     },
+    /// The text for a platform is none.
+    #[error("{text:?} is no platform: write os/architecture[/variant], as linux/arm64")]
+    PlatformText {
+        /// What was given.
+        text: String,
+    },
     /// The image has no manifest for the platform.
     #[error("{place}: no image for platform {wanted}; there is: {available}")]
     Platform {

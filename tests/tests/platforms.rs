@@ -186,6 +186,10 @@ fn platforms_by_name_and_again() {
     let flags = ["--platform", other.as_str(), "--platform", "linux/arm"];
     let (_, index) = convert(&world, &registry, &flags, "some");
     assert_eq!(platforms(&index), ["arm", ARCHITECTURES[1]]);
+    // As ctr-remote and nerdctl take them.
+    let joined = format!("{},arm", ARCHITECTURES[1]);
+    let (_, same) = convert(&world, &registry, &["--platform", &joined], "joined");
+    assert_eq!(same, index);
     // The second run finds all layers of all platforms.
     let from = registry.log().len();
     let (_, again) = convert(&world, &registry, &flags, "some");

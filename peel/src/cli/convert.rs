@@ -57,9 +57,14 @@ pub struct LazyArgs {
 /// Which images of an index are written.
 #[derive(Debug, Clone, Default, Args)]
 pub struct PlatformArgs {
-    /// Platform to take from a multi-platform image: os/architecture[/variant]; this machine's if not given. Given more than
-    /// once, an index of these platforms is written
-    #[arg(long, value_name = "PLATFORM", conflicts_with = "all_platforms")]
+    /// Platform to take from a multi-platform image: os/architecture[/variant]; this machine's if not given. Of several, given
+    /// one by one or joined by commas, an index is written
+    #[arg(
+        long,
+        value_name = "PLATFORM",
+        value_delimiter = ',',
+        conflicts_with = "all_platforms"
+    )]
     pub platform: Vec<String>,
     /// Take all platforms of a multi-platform image, and write an index. Attestations are left out: they describe the image that
     /// was
@@ -70,7 +75,7 @@ pub struct PlatformArgs {
 /// Which layers need not be converted.
 #[derive(Debug, Clone, Copy, Default, Args)]
 pub struct ReuseArgs {
-    /// Keep layers that have the format already and of which no file is put first
+    /// Keep layers that have the format already and of which no file is put first; not with --estargz-external-toc
     #[arg(long)]
     pub reuse: bool,
     /// Convert every layer, also those that the image which TARGET names says were made of the same layers in the same way

@@ -9,13 +9,14 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use peel_image::write::Format;
+use peel_registry::ImageName;
 
 use super::record;
 use crate::cli::{ConvertArgs, Global, LazyArgs, ReuseArgs};
 use crate::convert::plan::Plan;
-use crate::convert::{Conversion, How, Outcome, Settings};
+use crate::convert::{Conversion, How, Outcome, Settings, toc_image};
 use crate::progress::Bar;
 use select::Selection;
 
@@ -25,6 +26,7 @@ const SHOW_EVERY: Duration = Duration::from_millis(200);
 /// Converts and pushes; prints the digest of what the target names then.
 pub(super) fn run(global: &Global, args: &ConvertArgs) -> anyhow::Result<()> {
     let format = format::any(args)?;
+    check_target(&args.target, format)?;
     let mut selection = Selection::open(global, &args.source, &args.platforms)?;
     let record = args
         .estargz_record_in
@@ -44,6 +46,32 @@ pub(super) fn run(global: &Global, args: &ConvertArgs) -> anyhow::Result<()> {
     };
     let outcome = convert(global, &selection, &args.target, settings)?;
     report(global, &args.target, &outcome)
+}
+
+/// Refuses what cannot be written to, before anything is read or run.
+pub(super) fn check_target(target: &str, format: Format) -> anyhow::Result<()> {
+    let name = super::image_name(target)?;
+    match &name {
+        ImageName::Registry(reference) if reference.digest.is_some() => bail!(
+            "{target}: a target has no digest: leave @DIGEST out; which one it is, is printed when the image is written"
+        ),
+        ImageName::Registry(_) | ImageName::Layout { .. } => {}
+        ImageName::OciArchive { .. } | ImageName::DockerArchive { .. } => {
+            bail!(peel_registry::Error::ReadOnly {
+                name: name.to_string()
+            })
+        }
+    }
+    if matches!(
+        format,
+        Format::Estargz {
+            external_toc: true,
+            ..
+        }
+    ) {
+        toc_image::name(&name)?;
+    }
+    Ok(())
 }
 
 /// The settings from the flags that both commands have.
@@ -106,7 +134,8 @@ pub(super) fn report(global: &Global, target: &str, outcome: &Outcome) -> anyhow
     }
     let mut err = std::io::stderr().lock();
     for image in &outcome.images {
-        if let Some(platform) = image.platform.as_ref().filter(|_| outcome.images.len() > 1) {
+        if outcome.images.len() > 1 {
+            let platform = image.platform.as_deref().unwrap_or("(no platform)");
             let _ = writeln!(err, "{platform}: {}", image.manifest_digest);
         }
         for (position, layer) in image.layers.iter().enumerate() {
@@ -116,9 +145,12 @@ pub(super) fn report(global: &Global, target: &str, outcome: &Outcome) -> anyhow
                 How::Reused => "converted earlier",
             };
             let there = if layer.sent { "" } else { ", was there already" };
-            let first = match layer.prefetch_end {
-                Some(end) => format!(", {} files first ({end} bytes)", layer.prioritized),
-                None => String::new(),
+            let first = match (layer.prefetch_end, layer.prioritized) {
+                (None, _) => String::new(),
+                // A layer that was kept: which files those are was decided elsewhere.
+                (Some(end), 0) => format!(", {end} bytes first"),
+                (Some(end), 1) => format!(", 1 file first ({end} bytes)"),
+                (Some(end), files) => format!(", {files} files first ({end} bytes)"),
             };
             let _ = writeln!(
                 err,

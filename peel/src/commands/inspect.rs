@@ -8,6 +8,7 @@ use std::time::UNIX_EPOCH;
 use anyhow::Context;
 use oci_spec::image::Descriptor;
 use peel_fs::{LayerCheck, layer_check};
+use peel_image::annotations::LAYER_DIGEST;
 use peel_image::lazy::Over;
 use peel_image::{Digest, format_time};
 use peel_store::Store;
@@ -16,7 +17,7 @@ use serde::Serialize;
 use super::look::OpenImage;
 use crate::cli::{Global, InspectArgs};
 use crate::convert::diff_ids;
-use crate::layers::{self, Examined, Format, Origin, TocState};
+use crate::layers::{self, Examined, Format, Origin, TocState, annotation};
 
 /// What `--json` prints.
 #[derive(Debug, Serialize)]
@@ -89,9 +90,13 @@ pub(super) fn run(global: &Global, args: &InspectArgs) -> anyhow::Result<()> {
         .map(|descriptor| {
             let (source, beside) = (open.source.clone(), beside.clone());
             open.runtime.spawn(async move {
-                let blob = source.blob(&descriptor)?;
-                let examined = layers::examine(&blob, &descriptor, &beside).await?;
-                Ok::<_, peel_registry::Error>((descriptor, examined))
+                let examined = match source.blob(&descriptor) {
+                    Ok(blob) => Ok(layers::examine(&blob, &descriptor, &beside).await?),
+                    // The other layers are worth a look all the same.
+                    Err(error @ peel_registry::Error::Foreign { .. }) => Err(error.to_string()),
+                    Err(error) => return Err(error),
+                };
+                Ok((descriptor, examined))
             })
         })
         .collect();
@@ -166,20 +171,36 @@ fn checks(global: &Global, open: &OpenImage) -> Vec<Check> {
         .collect()
 }
 
-fn layer_report(descriptor: &Descriptor, examined: Examined, check: Check) -> LayerReport {
-    let (index, not_lazy) = match examined.index {
-        Ok(index) => (Some(index), None),
-        Err(reason) => (None, Some(reason.to_string())),
+/// `examined` is why nothing can be found out, where that is so.
+fn layer_report(descriptor: &Descriptor, examined: Result<Examined, String>, check: Check) -> LayerReport {
+    let (format, toc, toc_origin, index) = match examined {
+        Ok(Examined {
+            format,
+            toc,
+            origin,
+            index,
+            ..
+        }) => (format, toc, origin, index.map_err(|reason| reason.to_string())),
+        Err(reason) => (Format::Unknown, TocState::None, None, Err(reason)),
+    };
+    let (index, not_lazy) = match (index, annotation(descriptor, LAYER_DIGEST)) {
+        (Ok(index), _) => (Some(index), None),
+        (Err(_), Some(layer)) => {
+            let reason =
+                format!("it is the table of contents of the layer {layer}, for the image beside this one");
+            (None, Some(reason))
+        }
+        (Err(reason), None) => (None, Some(reason)),
     };
     LayerReport {
         digest: descriptor.digest().to_string(),
         media_type: descriptor.media_type().to_string(),
         size: descriptor.size(),
-        format: examined.format,
+        format,
         lazy: index.is_some(),
         not_lazy,
-        toc: examined.toc,
-        toc_origin: examined.origin,
+        toc,
+        toc_origin,
         entries: index.as_ref().map(|index| index.entries.len()),
         prefetch_bytes: index.as_ref().and_then(|index| index.prefetch_end),
         check,

@@ -25,6 +25,7 @@ use crate::progress::LoadProgress;
 /// Records, converts, pushes; prints the digest of what the target names then.
 pub(super) fn run(global: &Global, args: &OptimizeArgs) -> anyhow::Result<()> {
     let format = format::lazy(&args.lazy, args.reuse.reuse)?;
+    convert::check_target(&args.target, format)?;
     let mut selection = Selection::open(global, &args.source, &args.platforms)?;
     let open = &selection.open;
     let mut err = std::io::stderr();

@@ -121,11 +121,11 @@ pub struct LayerOutcome {
 impl Shared<'_> {
     /// Converts one layer.
     pub(super) async fn layer(&self, job: &Job) -> anyhow::Result<Done> {
+        let blob = self.source.blob(&job.descriptor)?;
         let media_type = job.descriptor.media_type().to_string();
         let Some(encoding) = media::layer_encoding(&media_type) else {
             bail!("its media type {media_type} is not that of a layer; such images cannot be converted");
         };
-        let blob = self.source.blob(&job.descriptor)?;
         if self.settings.reuse
             && job.first.is_empty()
             && let Some(annotations) = self.already(&blob, job).await?

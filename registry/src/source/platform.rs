@@ -1,6 +1,6 @@
 //! Which manifest of an index is for this machine.
 //!
-//! Platforms are written `os/architecture[/variant]` in Go's words. Variants are levels of one architecture: a machine of a level
+//! Platforms are written `os/architecture[/variant]` in Go's words, or as one of the first two alone. Variants are levels of one architecture: a machine of a level
 //! runs images of that level and below, and the highest of these is the best (as containerd chooses).
 
 use oci_spec::image::{Descriptor, Platform};
@@ -14,8 +14,18 @@ pub(crate) struct Wanted {
 }
 
 impl Wanted {
-    /// Parses `os/architecture[/variant]`.
+    /// Parses `os/architecture[/variant]`. An operating system alone has this machine's architecture, an architecture alone is one of
+    /// Linux (as containerd reads them).
     pub(crate) fn parse(text: &str) -> Option<Self> {
+        if SYSTEMS.contains(&text.to_ascii_lowercase().as_str()) {
+            return Some(Self {
+                os: text.to_ascii_lowercase(),
+                ..Self::host()
+            });
+        }
+        if ARCHITECTURES.contains(&normal(text).0.as_str()) {
+            return Self::parse(&format!("linux/{text}"));
+        }
         let mut parts = text.split('/');
         let (os, architecture, variant) = (parts.next()?, parts.next()?, parts.next());
         let word = |part: &str| {
@@ -83,6 +93,12 @@ impl Wanted {
     }
 }
 
+/// Operating systems that images are made for.
+const SYSTEMS: [&str; 4] = ["linux", "windows", "darwin", "freebsd"];
+/// Architectures that images are made for.
+const ARCHITECTURES: [&str; 9] = [
+    "386", "amd64", "arm", "arm64", "loong64", "mips64le", "ppc64le", "riscv64", "s390x",
+];
 /// arm64 without a variant is v8.
 const LEVEL_ARM64: u32 = 800;
 /// arm without a variant is v7.
@@ -144,8 +160,22 @@ fn x86_level() -> u32 {
     100
 }
 
+/// The platforms of an index as errors print them, each once.
+pub(crate) fn list(manifests: &[Descriptor]) -> String {
+    let mut all: Vec<String> = Vec::new();
+    for platform in manifests.iter().map(show) {
+        if !all.contains(&platform) {
+            all.push(platform);
+        }
+    }
+    match all.as_slice() {
+        [] => "nothing: the index is empty".to_owned(),
+        all => all.join(", "),
+    }
+}
+
 /// A platform as errors print it.
-pub(crate) fn show(descriptor: &Descriptor) -> String {
+fn show(descriptor: &Descriptor) -> String {
     match descriptor.platform() {
         Some(platform) => {
             let variant = platform
@@ -219,6 +249,9 @@ mod tests {
             (&levels, "linux/amd64/v3", Some(0)),
             (&levels, "linux/amd64/v9", Some(3)),
             (&["linux/arm64"], "linux/arm64/v8", Some(0)),
+            (&common, "arm64", Some(3)),
+            (&common, "armel", Some(1)),
+            (&["windows/amd64", "linux/s390x"], "s390x", Some(1)),
             (&["linux/riscv64", "linux/riscv64"], "linux/riscv64", Some(0)),
             (&["linux/amd64/strange"], "linux/amd64", None),
         ] {
@@ -233,7 +266,8 @@ mod tests {
     fn malformed_platforms() {
         for text in [
             "",
-            "linux",
+            "plan9",
+            "linux,windows",
             "linux/",
             "/amd64",
             "a/b/c/d",

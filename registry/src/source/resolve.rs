@@ -56,9 +56,9 @@ impl ResolvedIndex {
         manifests.iter().position(|entry| std::ptr::eq(entry, chosen))
     }
 
-    /// The platforms of all entries, for people: `os/architecture[/variant]`.
-    pub fn platforms(&self) -> Vec<String> {
-        self.index.manifests().iter().map(platform::show).collect()
+    /// The platforms of all entries, for people: `os/architecture[/variant]`, joined by commas.
+    pub fn platforms(&self) -> String {
+        platform::list(self.index.manifests())
     }
 }
 
@@ -167,10 +167,8 @@ impl Source {
     pub async fn resolve(&self, platform: Option<&str>) -> Result<ResolvedImage, Error> {
         let wanted = match platform {
             None => platform::Wanted::host(),
-            Some(text) => platform::Wanted::parse(text).ok_or_else(|| Error::Platform {
-                place: self.inner.place().to_owned(),
-                wanted: format!("{text:?} (write os/architecture[/variant])"),
-                available: "not looked at".to_owned(),
+            Some(text) => platform::Wanted::parse(text).ok_or_else(|| Error::PlatformText {
+                text: text.to_owned(),
             })?,
         };
         let top = self.inner.top().await?;
@@ -187,11 +185,10 @@ impl Source {
             let manifests = flat.index.manifests();
             let child = wanted.choose(manifests).or_else(|| nameless(manifests));
             let Some(child) = child.cloned() else {
-                let available: Vec<_> = manifests.iter().map(platform::show).collect();
                 return Err(Error::Platform {
                     place: self.inner.place().to_owned(),
                     wanted: platform.map_or_else(|| wanted.to_string(), str::to_owned),
-                    available: available.join(", "),
+                    available: platform::list(manifests),
                 });
             };
             found = child.platform().clone().or(found);

@@ -120,7 +120,7 @@ fn positions(index: &ResolvedIndex, args: &PlatformArgs) -> anyhow::Result<Vec<u
             let Some(position) = index.choose(Some(platform)) else {
                 bail!(
                     "no image for platform {platform} (os/architecture[/variant]); there is: {}",
-                    index.platforms().join(", ")
+                    index.platforms()
                 );
             };
             chosen.push(position);
@@ -140,10 +140,7 @@ fn positions(index: &ResolvedIndex, args: &PlatformArgs) -> anyhow::Result<Vec<u
         );
     }
     if images.is_empty() {
-        bail!(
-            "the index has no image; there is: {}",
-            index.platforms().join(", ")
-        );
+        bail!("the index has no image; there is: {}", index.platforms());
     }
     Ok(images)
 }
