@@ -42,6 +42,7 @@ use tokio::runtime::{Handle, Runtime};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::error::Error;
+use crate::load::pool::Pool;
 use crate::object::{Answer, Backing, Object, Presence, Snapshot, Table, Waiter, chunks_under};
 use crate::{Options, Stats, lock};
 use claim::Claimed;
@@ -60,7 +61,7 @@ const RETRY_LAST: Duration = Duration::from_secs(2);
 
 /// Indexes of layers that are read at once, of all images: a TOC may have 150 MiB of JSON and its index some times that. Each is read
 /// by several threads, so more would not be faster.
-const READERS: usize = 4;
+pub(crate) const READERS: usize = 4;
 /// Longest wait for a turn to read an index. The largest takes some seconds.
 const READING_WAIT: Duration = Duration::from_secs(300);
 
@@ -91,6 +92,7 @@ pub(crate) struct Engine {
     read_deadline: Duration,
     indexes_max: u64,
     readers: Arc<Semaphore>,
+    pool: Arc<Pool>,
     counters: Mutex<Counted>,
     stopping: AtomicBool,
     events: OnceLock<Box<dyn Events>>,
@@ -129,6 +131,7 @@ impl Engine {
             read_deadline: options.read_deadline,
             indexes_max: options.indexes_max,
             readers: Arc::new(Semaphore::new(READERS)),
+            pool: Pool::new(options.loads_max),
             counters: Mutex::default(),
             stopping: AtomicBool::new(false),
             events: OnceLock::new(),
@@ -176,6 +179,11 @@ impl Engine {
     /// Bytes of memory that the indexes of one image may take.
     pub(crate) fn indexes_max(&self) -> u64 {
         self.indexes_max
+    }
+
+    /// Memory for the metadata of all images that are being loaded.
+    pub(crate) fn pool(&self) -> &Arc<Pool> {
+        &self.pool
     }
 
     /// A turn to read the index of a layer. An error when there is none for long.

@@ -40,17 +40,24 @@ pub struct Options {
     pub read_deadline: Duration,
     /// Bytes of memory that the indexes of one image's layers may take. Default [`INDEXES_MAX`].
     pub indexes_max: u64,
+    /// Bytes of memory that the metadata of all images may take which are being loaded. Default [`LOADS_MAX`].
+    pub loads_max: u64,
 }
 
 /// Bytes of memory that the indexes of one image's layers may take: they are all here at once while the image is loaded, and an
 /// image may have 1000 layers with a TOC of 150 MiB each. Some 3 million files; the largest images have a third of that.
 pub const INDEXES_MAX: u64 = 1 << 30;
 
+/// Bytes of memory that the tables of contents and indexes of all images may take together which are being loaded; one image may exceed
+/// it. Room for twenty of the largest real images at once, or for two that ask for all that one may have.
+pub const LOADS_MAX: u64 = 2 << 30;
+
 impl Default for Options {
     fn default() -> Self {
         Self {
             read_deadline: Duration::from_secs(60),
             indexes_max: INDEXES_MAX,
+            loads_max: LOADS_MAX,
         }
     }
 }

@@ -11,6 +11,7 @@ mod known;
 mod layer;
 mod memory;
 mod order;
+pub(crate) mod pool;
 mod whole;
 
 use std::path::PathBuf;
@@ -36,6 +37,7 @@ use crate::service::{Image, Shared, Sources};
 use crate::{LayerReport, LoadRequest, Progress, PullPolicy, verify};
 use known::Care;
 use layer::{Found, Indexed, LayerLoader};
+use memory::Memory;
 pub(crate) use whole::{PullFailure, inspect};
 
 /// Largest image configuration in bytes. Real ones have some KiB; histories of generated images reach a few hundred.
@@ -312,7 +314,8 @@ async fn fetch(
     };
     let erofs = {
         let job = job.clone();
-        blocking(move || build(&job, layers, record, order.as_deref(), early.as_ref())).await??
+        let memory = loader.memory();
+        blocking(move || build(&job, layers, record, order.as_deref(), early.as_ref(), memory)).await??
     };
     Ok(Loaded {
         manifest_digest: image.manifest_digest,
@@ -401,6 +404,7 @@ fn build(
     record: ImageRecord,
     order: Option<&str>,
     early: Option<&Early>,
+    memory: Arc<Memory>,
 ) -> Result<PathBuf, Error> {
     let digests: Vec<Digest> = layers.iter().map(|layer| layer.report.digest).collect();
     let (indexes, rest): (Vec<LayerIndex>, Vec<(Digest, Option<Blob>)>) = layers
@@ -441,6 +445,7 @@ fn build(
         if let Err(error) = known::keep(&keep, &record, &keys, &indexes) {
             tracing::warn!(image = %keep.image, %error, "the image was not kept; the next start fetches its metadata again");
         }
+        drop((indexes, memory));
     });
     Ok(erofs)
 }

@@ -35,5 +35,5 @@ pub use source::beside::TocImage;
 pub use source::blob::Blob;
 pub use source::resolve::{ResolvedImage, ResolvedIndex};
 pub use target::{BlobUpload, Target, Upload};
-pub use toc::{IMAGE_TOCS_MAX, TocBytes, TocRoom, fetch_toc, fetch_toc_into};
+pub use toc::{IMAGE_TOCS_MAX, Room, TocBytes, TocRoom, fetch_toc, fetch_toc_into};
 pub use transfer::ByteStream;

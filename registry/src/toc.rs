@@ -37,6 +37,14 @@ pub struct TocRoom {
     limit: u64,
 }
 
+/// Something that may refuse to have so many bytes of compressed TOCs in memory.
+pub trait Room: Sync {
+    /// Takes room; false when there is not so much left.
+    fn take(&self, bytes: u64) -> bool;
+    /// Why there is no room, as the end of a sentence.
+    fn refusal(&self) -> String;
+}
+
 impl Default for TocRoom {
     fn default() -> Self {
         Self::new(IMAGE_TOCS_MAX)
@@ -52,8 +60,14 @@ impl TocRoom {
         }
     }
 
-    /// Takes room for good; false when there is not so much left.
-    pub(crate) fn take(&self, bytes: u64) -> bool {
+    /// Gives back some of what was taken.
+    pub fn give_back(&self, bytes: u64) {
+        self.left.fetch_add(bytes, Ordering::Relaxed);
+    }
+}
+
+impl Room for TocRoom {
+    fn take(&self, bytes: u64) -> bool {
         let taken = self
             .left
             .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| {
@@ -62,20 +76,19 @@ impl TocRoom {
         taken.is_ok()
     }
 
-    /// Why there is no room, as the end of a sentence.
-    pub(crate) fn refusal(&self) -> String {
+    fn refusal(&self) -> String {
         format!(
             "with those of the image's other layers it takes more than {} bytes",
             self.limit
         )
     }
+}
 
-    fn reserve(&self, bytes: u64) -> Result<(), NotLazy> {
-        if self.take(bytes) {
-            Ok(())
-        } else {
-            Err(NotLazy::Toc(self.refusal()))
-        }
+fn reserve(room: &dyn Room, bytes: u64) -> Result<(), NotLazy> {
+    if room.take(bytes) {
+        Ok(())
+    } else {
+        Err(NotLazy::Toc(room.refusal()))
     }
 }
 
@@ -91,7 +104,7 @@ pub async fn fetch_toc(
 /// Fetches the compressed TOC of the layer `blob` if there is `room` for it. The outer error means that the layer's blob cannot be reached at all; the inner one
 /// that the layer has no TOC. A TOC image that gives nothing is no error: its reason stands in [`TocBytes::bytes`].
 pub async fn fetch_toc_into(
-    room: &TocRoom,
+    room: &dyn Room,
     blob: &Blob,
     candidate: &Candidate,
     beside: &TocImage,
@@ -100,7 +113,7 @@ pub async fn fetch_toc_into(
     let counted = Some(first.end.saturating_sub(first.start))
         .filter(|length| *length > GUESS)
         .unwrap_or(0);
-    if let Err(reason) = room.reserve(counted) {
+    if let Err(reason) = reserve(room, counted) {
         return Ok(Err(reason));
     }
     let bytes = blob.read(first.clone()).await?;
@@ -124,7 +137,7 @@ pub async fn fetch_toc_into(
             return Ok(Ok(TocBytes { located, bytes }));
         }
     };
-    if let Err(reason) = room.reserve((toc.end - toc.start).saturating_sub(counted)) {
+    if let Err(reason) = reserve(room, (toc.end - toc.start).saturating_sub(counted)) {
         return Ok(Err(reason));
     }
     // What of it lies in the bytes that are here.
@@ -161,7 +174,9 @@ mod tests {
     fn room_is_taken_until_there_is_none() {
         let room = TocRoom::new(100);
         assert!(room.take(60) && !room.take(41) && room.take(40) && room.take(0) && !room.take(1));
-        let reason = room.reserve(1).map_err(|reason| reason.to_string());
+        room.give_back(1);
+        assert!(room.take(1));
+        let reason = reserve(&room, 1).map_err(|reason| reason.to_string());
         assert_eq!(
             reason.as_ref().map_err(String::as_str),
             Err(

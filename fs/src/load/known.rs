@@ -25,7 +25,7 @@ use crate::{LayerReport, LoadRequest, PullPolicy};
 /// of one core, which a start from a full store has better use for.
 const PATIENCE: Duration = Duration::from_secs(3);
 
-/// How long the TOCs of damaged indexes may take together: lookups of files that the store does not know wait for them.
+/// How long the TOCs of damaged indexes, and waits for memory, may take together: lookups of files that the store does not know wait for them.
 const REFETCH: Duration = Duration::from_secs(30);
 
 /// How closely an image is looked at before it counts as known.
@@ -200,7 +200,7 @@ impl Deferred {
         };
         self.engine.count(source.counters());
         let beside = TocImage::new(&source, self.request.platform.as_deref());
-        let memory = Memory::new(self.engine.indexes_max());
+        let memory = Memory::new(&self.engine, image);
         let deadline = Instant::now() + REFETCH;
         let indexes: Vec<Option<(LayerIndex, Blob)>> = self
             .layers
@@ -253,6 +253,17 @@ impl Deferred {
         let store = &self.engine.store;
         let blob = source.blob(descriptor).map_err(|error| error.to_string())?;
         if let Some(index) = store.layer(key).map_err(|error| error.to_string())? {
+            let hold = async { tokio::time::timeout_at(deadline.into(), memory.hold(key, &index)).await };
+            self.engine
+                .handle()
+                .block_on(hold)
+                .map_err(|_| {
+                    format!(
+                        "other images that are being loaded had all memory for {} s",
+                        REFETCH.as_secs()
+                    )
+                })?
+                .map_err(|error| error.to_string())?;
             return Ok((index, blob));
         }
         let candidate = candidate(descriptor);

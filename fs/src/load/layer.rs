@@ -109,14 +109,24 @@ pub(super) async fn read_toc(
     beside: &TocImage,
     fetched: impl FnOnce(),
 ) -> Result<Result<LayerIndex, NotLazy>, Error> {
-    let turn = memory.fetches.acquire().await.map_err(|_| Error::Stopping)?;
-    let toc = fetch_toc_into(&memory.tocs, blob, &candidate, beside)
-        .await
-        .map_err(|source| Error::Registry {
-            image: image.to_owned(),
-            source: Box::new(source),
-        })?;
-    drop(turn);
+    let layer = blob.digest();
+    let first = candidate.first_range();
+    let mut bytes = first.end.saturating_sub(first.start);
+    let (toc, room) = loop {
+        let room = memory.room(&layer, bytes).await?;
+        let turn = memory.fetches.acquire().await.map_err(|_| Error::Stopping)?;
+        let toc = fetch_toc_into(&room, blob, &candidate, beside)
+            .await
+            .map_err(|source| Error::Registry {
+                image: image.to_owned(),
+                source: Box::new(source),
+            })?;
+        drop(turn);
+        match room.lacking() {
+            None => break (toc, room),
+            Some(lacking) => bytes = lacking,
+        }
+    };
     fetched();
     let (located, bytes) = match toc {
         Ok(TocBytes {
@@ -128,13 +138,10 @@ pub(super) async fn read_toc(
         })
         | Err(reason) => return Ok(Err(reason)),
     };
-    let turn = engine.reading_turn(image, &blob.digest()).await?;
-    // The turn ends with the work, which goes on when nobody waits for it any more.
-    blocking(move || {
-        let _turn = turn;
-        candidate.read(&located, &bytes)
-    })
-    .await
+    let read = memory.read_in_turn(engine, &layer, move || candidate.read(&located, &bytes));
+    let index = read.await;
+    drop(room);
+    index
 }
 
 /// Loads layers. Cheap to clone.
@@ -153,9 +160,20 @@ impl LayerLoader {
             job: job.clone(),
             source: source.clone(),
             pulls: Arc::new(Semaphore::new(PULLS)),
-            memory: Arc::new(Memory::new(job.shared.engine.indexes_max())),
+            memory: Arc::new(Memory::new(&job.shared.engine, &job.image)),
             beside: TocImage::new(source, job.request.platform.as_deref()),
         }
+    }
+
+    /// What the layers of the image share. While it lives, what they took of the memory for all loads is taken.
+    pub(super) fn memory(&self) -> Arc<Memory> {
+        Arc::clone(&self.memory)
+    }
+
+    /// Takes memory for an index that came with a whole layer; an error when there is none in time.
+    async fn hold(&self, layer: Digest, index: &LayerIndex) -> Result<(), Error> {
+        self.memory.hold(&layer, index).await?;
+        self.count(layer, index)
     }
 
     /// Counts the index of a layer; an error when the image has too many files.
@@ -181,18 +199,13 @@ impl LayerLoader {
         let key = candidate.key(&blob.digest());
         let store = self.job.shared.engine.store.clone();
         // A record that cannot be read is as good as none: the TOC is fetched again.
-        let turn = self
-            .job
-            .shared
-            .engine
-            .reading_turn(&self.job.image, &blob.digest())
+        let kept = self
+            .memory
+            .read_in_turn(&self.job.shared.engine, &blob.digest(), move || {
+                store.layer(&key).ok().flatten().ok_or(())
+            })
             .await?;
-        let kept = blocking(move || {
-            let _turn = turn;
-            store.layer(&key)
-        })
-        .await?;
-        if let Ok(Some(index)) = kept {
+        if let Ok(index) = kept {
             self.count(blob.digest(), &index)?;
             let index = Box::new(index);
             return Ok(Found::Kept { blob, key, index });
@@ -277,7 +290,7 @@ impl LayerLoader {
             lazy: None,
         };
         if let Some(index) = self.kept_whole(key, subjects.clone()).await? {
-            self.count(key, &index)?;
+            self.hold(key, &index).await?;
             return Ok(indexed(index));
         }
         let permit = Arc::clone(&self.pulls)
@@ -301,7 +314,7 @@ impl LayerLoader {
         drop(permit);
         let index = match pulled {
             Ok(index) => {
-                self.count(key, &index)?;
+                self.hold(key, &index).await?;
                 index
             }
             Err(whole::PullFailure::Registry(error)) => return Err(self.job.registry_error(error)),

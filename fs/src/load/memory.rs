@@ -3,21 +3,39 @@
 //! What must hold: an image whose layers are each within the limits of one layer may still be refused, by an error that names the
 //! layer that was too much; never the process grows with the number of layers without bound.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
+use peel_image::Digest;
 use peel_image::layer::{Chunk, Entry, EntryKind, LayerIndex};
-use peel_registry::TocRoom;
+use peel_registry::{Room, TocRoom};
 use tokio::sync::Semaphore;
+
+use super::blocking;
+use super::pool::Share;
+use crate::error::Error;
+use crate::fetch::Engine;
 
 /// First requests for TOCs that are under way at once, for each image: each may bring 4 MiB before it is known how much of that is
 /// the TOC. More than connections and registries make use of.
 const FETCHES: usize = 64;
 
+/// Longest wait for memory that other loads have. They have it for as long as their registries take to answer, or a layer to be pulled
+/// whole.
+const ROOM_WAIT: Duration = Duration::from_secs(300);
+
 /// What the layers of one image share.
 #[derive(Debug)]
 pub(super) struct Memory {
+    /// The image as the user wrote it.
+    image: String,
     /// Room for compressed TOCs.
-    pub(super) tocs: TocRoom,
+    tocs: TocRoom,
+    /// What the image has of the memory for all loads.
+    share: Arc<Share>,
+    /// All there is of that.
+    limit: u64,
     /// Turns to fetch one.
     pub(super) fetches: Semaphore,
     indexes: AtomicU64,
@@ -25,13 +43,81 @@ pub(super) struct Memory {
 }
 
 impl Memory {
-    /// For one load; its indexes may take `indexes_max` bytes.
-    pub(super) fn new(indexes_max: u64) -> Self {
+    /// For one load.
+    pub(super) fn new(engine: &Engine, image: &str) -> Self {
         Self {
+            image: image.to_owned(),
             tocs: TocRoom::default(),
+            share: engine.pool().share(),
+            limit: engine.pool().limit(),
             fetches: Semaphore::new(FETCHES),
             indexes: AtomicU64::new(0),
-            indexes_max,
+            indexes_max: engine.indexes_max(),
+        }
+    }
+
+    /// Takes memory for a layer, or waits for it as long as that may take.
+    async fn reserve(&self, layer: &Digest, bytes: u64) -> Result<(), Error> {
+        if self.share.reserve(bytes, ROOM_WAIT).await {
+            return Ok(());
+        }
+        Err(Error::Layer {
+            image: self.image.clone(),
+            layer: *layer,
+            reason: format!(
+                "there was no memory for its list of files for {} s: those of other images that are being loaded take more than {} \
+                 bytes; load fewer images at once",
+                ROOM_WAIT.as_secs(),
+                self.limit
+            ),
+        })
+    }
+
+    /// Room for the compressed TOC of a layer: at first for so many bytes, whether they are one or not.
+    pub(super) async fn room(&self, layer: &Digest, bytes: u64) -> Result<LayerRoom<'_>, Error> {
+        self.reserve(layer, bytes).await?;
+        Ok(LayerRoom {
+            memory: self,
+            held: AtomicU64::new(bytes),
+            asked: AtomicU64::new(0),
+            of_image: AtomicU64::new(0),
+            lacking: AtomicU64::new(0),
+        })
+    }
+
+    /// Takes memory for an index that is here already.
+    pub(super) async fn hold(&self, layer: &Digest, index: &LayerIndex) -> Result<(), Error> {
+        self.reserve(layer, weight(index)).await
+    }
+
+    /// Reads an index when it is its turn and there is memory for it. How much that is shows when it is read: where there is not so
+    /// much, it is dropped, and read again later.
+    pub(super) async fn read_in_turn<E: Send + 'static>(
+        &self,
+        engine: &Engine,
+        layer: &Digest,
+        read: impl Fn() -> Result<LayerIndex, E> + Send + Sync + 'static,
+    ) -> Result<Result<LayerIndex, E>, Error> {
+        let read = Arc::new(read);
+        let mut reserved = 0;
+        loop {
+            let turn = engine.reading_turn(&self.image, layer).await?;
+            let (share, read) = (Arc::clone(&self.share), Arc::clone(&read));
+            // The turn ends with the work, which goes on when nobody waits for it any more.
+            let found = blocking(move || {
+                let _turn = turn;
+                let index = read();
+                let more = index.as_ref().map_or(0, weight).saturating_sub(reserved);
+                if share.take(more) { Ok(index) } else { Err(more) }
+            })
+            .await?;
+            match found {
+                Ok(index) => return Ok(index),
+                Err(more) => {
+                    self.reserve(layer, more).await?;
+                    reserved += more;
+                }
+            }
         }
     }
 
@@ -50,6 +136,65 @@ impl Memory {
     }
 }
 
+/// Room for the compressed TOC of one layer: of what the image may have, and of what all loads may have. Dropping it gives back only the
+/// latter: what an image has had counts for good.
+#[derive(Debug)]
+pub(super) struct LayerRoom<'m> {
+    memory: &'m Memory,
+    /// What it has of the memory for all loads.
+    held: AtomicU64,
+    /// What it was asked for.
+    asked: AtomicU64,
+    /// What it has of the image's.
+    of_image: AtomicU64,
+    /// What it should have had of the memory for all loads when that was refused; else 0.
+    lacking: AtomicU64,
+}
+
+impl LayerRoom<'_> {
+    /// With how much it should be tried again, when other loads had what was asked for.
+    pub(super) fn lacking(&self) -> Option<u64> {
+        let lacking = self.lacking.load(Ordering::Relaxed);
+        (lacking > 0).then(|| {
+            // The same is asked for again then.
+            self.memory
+                .tocs
+                .give_back(self.of_image.swap(0, Ordering::Relaxed));
+            lacking
+        })
+    }
+}
+
+impl Room for LayerRoom<'_> {
+    fn take(&self, bytes: u64) -> bool {
+        let asked = self
+            .asked
+            .fetch_add(bytes, Ordering::Relaxed)
+            .saturating_add(bytes);
+        if !self.memory.tocs.take(bytes) {
+            return false;
+        }
+        self.of_image.fetch_add(bytes, Ordering::Relaxed);
+        let more = asked.saturating_sub(self.held.load(Ordering::Relaxed));
+        if !self.memory.share.take(more) {
+            self.lacking.store(asked, Ordering::Relaxed);
+            return false;
+        }
+        self.held.fetch_add(more, Ordering::Relaxed);
+        true
+    }
+
+    fn refusal(&self) -> String {
+        self.memory.tocs.refusal()
+    }
+}
+
+impl Drop for LayerRoom<'_> {
+    fn drop(&mut self) {
+        self.memory.share.give_back(self.held.load(Ordering::Relaxed));
+    }
+}
+
 /// Bytes of memory that an index takes, but for what allocations cost beyond their length.
 fn weight(index: &LayerIndex) -> u64 {
     let entries = index.entries.iter().map(|entry| {
@@ -65,4 +210,37 @@ fn weight(index: &LayerIndex) -> u64 {
         (size_of::<Entry>() + path + attributes + content) as u64
     });
     entries.sum()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::pool::Pool;
+    use super::*;
+
+    #[tokio::test]
+    async fn a_toc_that_other_loads_left_no_room_for_is_asked_for_again() {
+        let pool = Pool::new(1000);
+        let memory = Memory {
+            image: "image".to_owned(),
+            tocs: TocRoom::new(100),
+            share: pool.share(),
+            limit: pool.limit(),
+            fetches: Semaphore::new(1),
+            indexes: AtomicU64::new(0),
+            indexes_max: 0,
+        };
+        let room = memory.room(&Digest::EMPTY, 10).await.unwrap();
+        let other = pool.share();
+        assert!(other.take(2000));
+        assert!(room.take(5), "it has that");
+        assert!(!room.take(50));
+        let lacking = room.lacking().unwrap();
+        assert_eq!(lacking, 55);
+        drop((room, other));
+        let room = memory.room(&Digest::EMPTY, lacking).await.unwrap();
+        assert!(room.take(5) && room.take(50));
+        assert!(!room.take(46), "the image has its own bound");
+        assert_eq!(room.lacking(), None);
+        assert_eq!(memory.tocs.refusal(), room.refusal());
+    }
 }

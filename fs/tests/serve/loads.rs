@@ -121,6 +121,43 @@ fn an_image_with_too_many_files_is_an_error_that_names_the_layer() {
 }
 
 #[test]
+fn loads_that_together_need_more_memory_than_there_is_come_one_by_one() {
+    let registry = registry();
+    // Each load needs more than that for each of its layers.
+    let host = Host::with(Options {
+        loads_max: 1000,
+        ..Options::default()
+    });
+    let tags = [
+        "esgz",
+        "esgz-ext",
+        "zstd-stargz",
+        "zstd-podman",
+        "org",
+        "esgz-opt",
+    ];
+    let mounts: Vec<_> = std::thread::scope(|scope| {
+        let loads = tags.map(|tag| {
+            let (host, name) = (&host, registry.image(tag));
+            scope.spawn(move || host.open(&name))
+        });
+        loads.into_iter().map(|load| load.join().unwrap()).collect()
+    });
+    for (mount, tag) in mounts.iter().zip(tags) {
+        assert_eq!(mount.listing(), expected(), "{tag}");
+    }
+    // Known images wait for the same memory.
+    drop(mounts);
+    let host = host.restart(Options {
+        loads_max: 1000,
+        ..Options::default()
+    });
+    for tag in tags {
+        assert_eq!(host.open(&registry.image(tag)).listing(), expected(), "{tag}");
+    }
+}
+
+#[test]
 fn a_load_that_fails_ends_the_pulls_of_its_other_layers() {
     let registry = registry();
     let host = Host::new();

@@ -16,7 +16,7 @@ use tokio::sync::OnceCell;
 use super::blob::Blob;
 use super::{Home, Inner, Source};
 use crate::error::Error;
-use crate::toc::TocRoom;
+use crate::toc::Room;
 
 /// The image beside one image. Cheap to clone; clones share what was found.
 #[derive(Debug, Clone)]
@@ -57,7 +57,7 @@ impl TocImage {
         &self,
         layer: &Digest,
         limit: u64,
-        room: &TocRoom,
+        room: &dyn Room,
     ) -> Result<bytes::Bytes, String> {
         let blob = self.blob(layer).await?;
         if !room.take(blob.size()) {
