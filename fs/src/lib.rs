@@ -31,7 +31,7 @@ use peel_registry::{ClientOptions, ImageName};
 
 pub use error::Error;
 pub use service::{Image, MountedImage, Service};
-pub use verify::{LayerCheck, layer_check};
+pub use verify::{LayerCheck, image_faults, layer_check};
 
 /// How the service behaves.
 #[derive(Debug, Clone)]

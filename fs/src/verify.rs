@@ -9,7 +9,7 @@ pub(crate) mod background;
 
 use std::time::SystemTime;
 
-use oci_spec::image::Descriptor;
+use oci_spec::image::{Descriptor, ImageManifest};
 use peel_image::Digest;
 use peel_image::layer::LayerIndex;
 use peel_image::views;
@@ -88,6 +88,24 @@ pub fn layer_check(store: &Store, descriptor: &Descriptor, diff_id: Digest) -> O
         ),
         Some(_) => Some(first),
     }
+}
+
+/// The layers of an image that `store` knows to be wrong, and what is wrong with each, in a sentence. None for an image that it does not
+/// know, or whose record makes no sense.
+pub fn image_faults(store: &Store, manifest: &Digest) -> Result<Vec<(Digest, String)>, peel_store::Error> {
+    let Some(record) = store.image(manifest)? else {
+        return Ok(Vec::new());
+    };
+    let manifest = ImageManifest::from_reader(record.manifest.as_slice());
+    let (Ok(manifest), Ok(diff_ids)) = (manifest, crate::load::diff_ids(&record.config)) else {
+        return Ok(Vec::new());
+    };
+    let layers = manifest.layers().iter().zip(diff_ids);
+    let faults = layers.filter_map(|(descriptor, diff_id)| {
+        let fault = layer_check(store, descriptor, diff_id)?.verdict.fault?;
+        Some((descriptor.digest().to_string().parse().ok()?, fault))
+    });
+    Ok(faults.collect())
 }
 
 /// The digest by which the manifest names a layer's table of contents, whichever way.

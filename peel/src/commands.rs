@@ -1,6 +1,7 @@
 //! One module per command, and what they share: how a command line becomes a call and an error becomes an exit status.
 
 mod cat;
+mod checks;
 mod completions;
 mod convert;
 mod daemon;

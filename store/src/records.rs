@@ -106,6 +106,24 @@ impl Store {
             .map(|record| record.manifest_digest))
     }
 
+    /// All names, as [`Store::put_name`] was given them, and what they meant, by name. Those whose records cannot be used are left out.
+    pub fn names(&self) -> Result<Vec<(String, Digest)>, Error> {
+        let directory = self.root().join("records/names");
+        let mut names = Vec::new();
+        for entry in fs::read_dir(&directory).context("list", &directory)? {
+            let path = entry.context("list", &directory)?.path();
+            if let Some(NameRecord {
+                name,
+                manifest_digest,
+            }) = self.record(&path)?
+            {
+                names.push((name, manifest_digest));
+            }
+        }
+        names.sort_unstable();
+        Ok(names)
+    }
+
     /// Keeps the index of a layer by its blob digest.
     pub fn put_layer(&self, blob: &Digest, index: &LayerIndex) -> Result<(), Error> {
         self.put_record(&self.record_path("layers", blob), index)

@@ -11,7 +11,7 @@ use peel::demo::registry::Registry;
 use peel_image::Digest;
 use peel_image::write::Dialect;
 use peel_tests::image::{Layer, Tar, entry, noise, push, zstd_chunked};
-use peel_tests::world::{TAGS, World, assert_expected, errors, eventually, read, vector};
+use peel_tests::world::{TAGS, World, assert_expected, errors, eventually, read, text, vector};
 use serde_json::{Value, json};
 
 fn tar() -> Vec<u8> {
@@ -262,6 +262,32 @@ fn nothing_is_downloaded_twice_unless_asked_for() {
     world.assert_sound();
 }
 
+/// Whether `ls` and `doctor` say that the only layer of the image is wrong.
+fn is_called_wrong(world: &World, name: &str) -> bool {
+    let listing = world.run(&["ls", name, "data"]);
+    assert!(listing.status.success(), "{}", errors(&listing));
+    assert_eq!(text(&listing), "a\nb\n", "the list itself stays as it is");
+    let said = errors(&listing).contains("WRONG: layer 1 of 1");
+    let lines = world.json(&["ls", name, "data"]);
+    for line in lines.as_array().unwrap() {
+        assert_eq!(line.get("check") == Some(&json!("failed")), said, "{line}");
+    }
+    if world.store().exists() {
+        let findings = world.json(&["doctor"]);
+        let mut findings = findings.as_array().unwrap().iter();
+        let finding = findings
+            .find(|finding| finding["what"] == "checks of whole layers")
+            .unwrap();
+        assert_eq!(finding["state"] == "warning", said, "{finding}");
+        let named = finding["detail"]
+            .as_str()
+            .unwrap()
+            .contains(&format!("{name}: layer sha256:"));
+        assert_eq!(named && finding["remedy"].is_string(), said, "{finding}");
+    }
+    said
+}
+
 /// What `inspect` says of the check of the only layer: for machines and for people.
 fn inspected(world: &World, name: &str) -> (Value, String) {
     let report = world.json(&["inspect", name]);
@@ -271,7 +297,7 @@ fn inspected(world: &World, name: &str) -> (Value, String) {
 }
 
 #[test]
-fn inspect_tells_what_the_checks_came_to() {
+fn inspect_ls_and_doctor_tell_what_the_checks_came_to() {
     let right = zstd(Dialect::Podman);
     let liar = right
         .clone()
@@ -293,9 +319,11 @@ fn inspect_tells_what_the_checks_came_to() {
         let (check, line) = inspected(&world, &name);
         assert_eq!(check, json!({"state": "not-yet"}), "{what}");
         assert!(line.contains("not as a whole yet"), "{what}: {line}");
+        assert!(!is_called_wrong(&world, &name), "{what}");
         assert!(!world.store().exists(), "{what}: inspect made a store");
         let dir = in_the_background(&world, &name, arguments, end);
         let (check, line) = inspected(&world, &name);
+        assert_eq!(is_called_wrong(&world, &name), what == "liar", "{what}");
         let when = check["when"].as_str().unwrap();
         assert!(
             when.starts_with("20") && when.ends_with('Z') && line.contains(when),

@@ -69,6 +69,7 @@ pub(super) fn run(global: &Global) -> anyhow::Result<ExitCode> {
             findings.extend(probes(store.root()));
             findings.push(usage(&store));
             findings.push(space(store.root()));
+            findings.push(checks(&store));
         }
         Err(error) => findings.push(Finding::missing(
             "store",
@@ -226,6 +227,47 @@ fn space(store: &Path) -> Finding {
             }
         }
         Err(error) => Finding::missing("disk", error.to_string(), "check the disk below the store"),
+    }
+}
+
+/// Images with layers that did not pass the check of the whole layer.
+fn checks(store: &Store) -> Finding {
+    const WHAT: &str = "checks of whole layers";
+    let names = match store.names() {
+        Ok(names) => names,
+        Err(error) => return Finding::missing(WHAT, error.to_string(), "check the disk below the store"),
+    };
+    let mut faults = Vec::new();
+    for (name, manifest) in &names {
+        match peel_fs::image_faults(store, manifest) {
+            Ok(found) => faults.extend(
+                found
+                    .into_iter()
+                    .map(|(layer, fault)| format!("{name}: layer {layer}: {fault}")),
+            ),
+            Err(error) => {
+                return Finding::missing(WHAT, describe(&error.into()), "check the disk below the store");
+            }
+        }
+    }
+    if faults.is_empty() {
+        return Finding::ok(WHAT, format!("nothing wrong was found in {} images", names.len()));
+    }
+    Finding {
+        what: WHAT.to_owned(),
+        state: State::Warning,
+        // A strange image has its say in these.
+        detail: faults
+            .iter()
+            .map(|fault| fault.escape_debug().to_string())
+            .collect::<Vec<_>>()
+            .join("\n"),
+        remedy: Some(
+            "end what still runs from these images: they are not loaded any more, because their tables of contents, or their \
+             configurations, do not say what their layers hold. Ask who made them, or make them anew (`peel convert` from the ordinary \
+             image). `peel inspect IMAGE` tells more"
+                .to_owned(),
+        ),
     }
 }
 

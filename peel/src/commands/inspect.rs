@@ -3,20 +3,17 @@
 
 use std::collections::BTreeMap;
 use std::io::Write;
-use std::time::UNIX_EPOCH;
 
 use anyhow::Context;
 use oci_spec::image::Descriptor;
-use peel_fs::{LayerCheck, layer_check};
+use peel_image::Digest;
 use peel_image::annotations::LAYER_DIGEST;
 use peel_image::lazy::Over;
-use peel_image::{Digest, format_time};
-use peel_store::Store;
 use serde::Serialize;
 
+use super::checks::{Check, checks};
 use super::look::OpenImage;
 use crate::cli::{Global, InspectArgs};
-use crate::convert::diff_ids;
 use crate::layers::{self, Examined, Format, Origin, TocState, annotation};
 
 /// What `--json` prints.
@@ -51,30 +48,6 @@ struct LayerReport {
     prefetch_bytes: Option<u64>,
     check: Check,
     annotations: BTreeMap<String, String>,
-}
-
-/// What the store knows of the layer as a whole.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "kebab-case", tag = "state")]
-enum Check {
-    /// Nobody checked it there.
-    NotYet,
-    /// Its DiffID and its table of contents are right.
-    Verified {
-        /// RFC 3339.
-        #[serde(skip_serializing_if = "Option::is_none")]
-        when: Option<String>,
-        /// Whether the blob's own digest was computed, too.
-        blob: bool,
-    },
-    /// It will not be loaded.
-    Failed {
-        /// RFC 3339.
-        #[serde(skip_serializing_if = "Option::is_none")]
-        when: Option<String>,
-        /// What is wrong, in a sentence.
-        fault: String,
-    },
 }
 
 /// Prints it.
@@ -129,49 +102,6 @@ fn sorted(annotations: Option<&std::collections::HashMap<String, String>>) -> BT
         .collect()
 }
 
-/// What the store knows of the layers. Nothing, if there is no store, or if the configuration that tells the DiffIDs cannot be
-/// had: both are no reason to tell less of the rest.
-fn checks(global: &Global, open: &OpenImage) -> Vec<Check> {
-    let is_there = global.store.join("records").exists();
-    let Some(store) = is_there.then(|| Store::open(&global.store).ok()).flatten() else {
-        return Vec::new();
-    };
-    let (bytes, _) = match open.runtime.block_on(open.source.config(&open.image)) {
-        Ok(config) => config,
-        Err(error) => {
-            tracing::warn!(%error, "whether the layers were checked is not known without the configuration");
-            return Vec::new();
-        }
-    };
-    let (layers, diff_ids) = (open.image.manifest.layers(), diff_ids(&bytes));
-    if layers.len() != diff_ids.len() {
-        return Vec::new();
-    }
-    layers
-        .iter()
-        .zip(diff_ids)
-        .map(
-            |(descriptor, diff_id)| match layer_check(&store, descriptor, diff_id) {
-                None => Check::NotYet,
-                Some(LayerCheck { verdict, when }) => {
-                    let when = when.and_then(|when| {
-                        let seconds = when.duration_since(UNIX_EPOCH).ok()?.as_secs();
-                        Some(format_time(i64::try_from(seconds).ok()?, 0))
-                    });
-                    match verdict.fault {
-                        None => Check::Verified {
-                            when,
-                            blob: verdict.blob,
-                        },
-                        Some(fault) => Check::Failed { when, fault },
-                    }
-                }
-            },
-        )
-        .collect()
-}
-
-/// `examined` is why nothing can be found out, where that is so.
 fn layer_report(descriptor: &Descriptor, examined: Result<Examined, String>, check: Check) -> LayerReport {
     let (format, toc, toc_origin, index) = match examined {
         Ok(Examined {

@@ -1,4 +1,5 @@
-//! `peel ls`: a directory of an image, from its tables of contents.
+//! `peel ls`: a directory of an image, from its tables of contents. If one of them was found wrong when its layer was checked as a whole,
+//! that is said on standard error, and in each line of `--json`: what is listed is what that table says.
 
 use std::io::Write;
 use std::os::unix::ffi::OsStrExt;
@@ -7,6 +8,7 @@ use anyhow::Context;
 use peel_image::tree::{Inode, InodeId, InodeKind, Tree};
 use serde::Serialize;
 
+use super::checks::{Check, checks};
 use super::look::OpenImage;
 use crate::cli::{Global, LsArgs};
 
@@ -29,6 +31,9 @@ struct Line {
     target: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     device: Option<String>,
+    /// A layer of the image was found wrong as a whole; only then it is there.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    check: Option<&'static str>,
 }
 
 /// Prints it.
@@ -42,6 +47,11 @@ pub(super) fn run(global: &Global, args: &LsArgs) -> anyhow::Result<()> {
         Some(_) => list(&tree, start, &mut Vec::new(), args.recursive, &mut lines)?,
         None => lines.push(line(&tree, start, path)?),
     }
+    if warn(&checks(global, &open)) {
+        for line in &mut lines {
+            line.check = Some("failed");
+        }
+    }
     if global.json {
         return super::print_json(&lines);
     }
@@ -54,6 +64,25 @@ pub(super) fn run(global: &Global, args: &LsArgs) -> anyhow::Result<()> {
         }
     }
     Ok(out.flush()?)
+}
+
+/// Says which layers were found wrong; true if there are any.
+fn warn(checks: &[Check]) -> bool {
+    let mut any = false;
+    for (check, number) in checks.iter().zip(1..) {
+        let Check::Failed { when, fault } = check else {
+            continue;
+        };
+        any = true;
+        let on = when.as_ref().map_or(String::new(), |when| format!(" on {when}"));
+        let fault = printable(fault.as_bytes());
+        let _ = writeln!(
+            std::io::stderr(),
+            "peel: WRONG: layer {number} of {} did not pass its check{on}: {fault}; it is not loaded, and this list is not to be trusted",
+            checks.len()
+        );
+    }
+    any
 }
 
 fn list(
@@ -105,6 +134,7 @@ fn line(tree: &Tree, id: InodeId, name: &[u8]) -> anyhow::Result<Line> {
         mtime: metadata.mtime,
         target,
         device: device.map(|device| format!("{}:{}", device.major, device.minor)),
+        check: None,
     })
 }
 

@@ -49,6 +49,21 @@ fn layer_index(files: u64) -> LayerIndex {
 }
 
 #[test]
+fn names_are_listed_but_for_unusable_ones() {
+    let test = TestStore::new();
+    assert_eq!(test.store.names().unwrap(), []);
+    let names = ["a:1", "b:1 linux/arm64", "c:1"].map(|name| (name.to_owned(), Digest::of(name.as_bytes())));
+    for (name, manifest) in names.iter().rev() {
+        test.store.put_name(name, manifest).unwrap();
+    }
+    assert_eq!(test.store.names().unwrap(), names);
+    let record = test.store.record_path("names", &Digest::of(b"b:1 linux/arm64"));
+    fs::write(record, b"peel rec").unwrap();
+    let [first, _, last] = names;
+    assert_eq!(test.store.names().unwrap(), [first, last]);
+}
+
+#[test]
 fn records_outlive_the_process() {
     let test = TestStore::new();
     let record = image_record();
