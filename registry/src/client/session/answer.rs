@@ -178,10 +178,7 @@ impl Session {
                 "; the port does not speak TLS: if it is meant to be plain http, use --plain-http",
                 Again::Never,
             ),
-            Some(rustls::Error::InvalidCertificate(_)) => (
-                "; if the registry has a certificate of its own authority, name the authority's file with --tls-ca",
-                Again::Never,
-            ),
+            Some(rustls::Error::InvalidCertificate(fault)) => (certificate_hint(fault), Again::Never),
             _ if connect && !self.host.answered() => (
                 "; check the registry's name and port, and that it is running",
                 Again::FirstContact,
@@ -192,6 +189,17 @@ impl Session {
             error: Box::new(self.network(what, reason, hint.to_owned())),
             again,
         }
+    }
+}
+
+/// What to do about a certificate that is not taken.
+fn certificate_hint(fault: &rustls::CertificateError) -> &'static str {
+    // webpki's words for what `openssl req -x509` makes when nothing else is asked for. Other clients take it.
+    if format!("{fault:?}").contains("CaUsedAsEndEntity") {
+        "; the registry's certificate is marked as that of an authority: make it anew with \
+         -addext basicConstraints=critical,CA:FALSE and name it with --tls-ca"
+    } else {
+        "; if the registry has a certificate of its own authority, name the authority's file with --tls-ca"
     }
 }
 
@@ -232,6 +240,24 @@ fn detail(status: StatusCode, body: &[u8]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn hints_about_certificates() {
+        // What webpki's error is called.
+        #[derive(Debug)]
+        struct CaUsedAsEndEntity;
+        impl std::fmt::Display for CaUsedAsEndEntity {
+            fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.write_str("CaUsedAsEndEntity")
+            }
+        }
+        impl std::error::Error for CaUsedAsEndEntity {}
+        let marked =
+            rustls::CertificateError::Other(rustls::OtherError(std::sync::Arc::new(CaUsedAsEndEntity)));
+        assert!(certificate_hint(&marked).contains("CA:FALSE"));
+        let unknown = certificate_hint(&rustls::CertificateError::UnknownIssuer);
+        assert!(unknown.contains("--tls-ca") && !unknown.contains("CA:FALSE"));
+    }
 
     #[test]
     fn the_registrys_own_words() {
