@@ -50,8 +50,9 @@ pub struct Cli {
     pub command: Command,
 }
 
-/// Flags that every command has.
+/// Flags that every command has. Without a heading of their own, help mixes them with those of the command.
 #[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Options of every command")]
 pub struct Global {
     /// Directory that keeps objects, images and the writable layers of mounts; private to root
     #[arg(
