@@ -113,7 +113,9 @@ fn layer_report(descriptor: &Descriptor, examined: Result<Examined, String>, che
         }) => (format, toc, origin, index.map_err(|reason| reason.to_string())),
         Err(reason) => (Format::Unknown, TocState::None, None, Err(reason)),
     };
-    let (index, not_lazy) = match (index, annotation(descriptor, LAYER_DIGEST)) {
+    // Anything else than a digest would be a stranger's words on a terminal.
+    let toc_of = annotation(descriptor, LAYER_DIGEST).and_then(|layer| layer.parse::<Digest>().ok());
+    let (index, not_lazy) = match (index, toc_of) {
         (Ok(index), _) => (Some(index), None),
         (Err(_), Some(layer)) => {
             let reason =
