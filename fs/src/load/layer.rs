@@ -113,8 +113,9 @@ pub(super) async fn read_toc(
     let first = candidate.first_range();
     let mut bytes = first.end.saturating_sub(first.start);
     let (toc, room) = loop {
-        let room = memory.room(&layer, bytes).await?;
+        // The turn first: nobody takes room for bytes that are not asked for yet.
         let turn = memory.fetches.acquire().await.map_err(|_| Error::Stopping)?;
+        let room = memory.room(&layer, bytes).await?;
         let toc = fetch_toc_into(&room, blob, &candidate, beside)
             .await
             .map_err(|source| Error::Registry {
@@ -138,6 +139,8 @@ pub(super) async fn read_toc(
         })
         | Err(reason) => return Ok(Err(reason)),
     };
+    // What is kept of a guess is at most half of something else.
+    room.trim(2 * bytes.len() as u64);
     let read = memory.read_in_turn(engine, &layer, move || candidate.read(&located, &bytes));
     let index = read.await;
     drop(room);

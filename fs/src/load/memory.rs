@@ -163,6 +163,13 @@ impl LayerRoom<'_> {
             lacking
         })
     }
+
+    /// Gives back what it has of the memory for all loads beyond so many bytes.
+    pub(super) fn trim(&self, bytes: u64) {
+        let beyond = self.held.load(Ordering::Relaxed).saturating_sub(bytes);
+        self.held.fetch_sub(beyond, Ordering::Relaxed);
+        self.memory.share.give_back(beyond);
+    }
 }
 
 impl Room for LayerRoom<'_> {
@@ -241,6 +248,11 @@ mod tests {
         assert!(room.take(5) && room.take(50));
         assert!(!room.take(46), "the image has its own bound");
         assert_eq!(room.lacking(), None);
-        assert_eq!(memory.tocs.refusal(), room.refusal());
+        room.trim(30);
+        room.trim(40);
+        let other = pool.share();
+        assert!(other.take(970));
+        // The first that finds the pool full may exceed it.
+        assert!(memory.share.take(1) && !other.take(1), "30 were still taken");
     }
 }
