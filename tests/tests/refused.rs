@@ -126,3 +126,26 @@ fn a_platform_that_is_none_is_told_at_once() {
     let message = refused(&world, &["inspect", &format!("{}/x:empty", registry.addr())]);
     assert!(message.contains("the index is empty"), "{message}");
 }
+
+#[test]
+fn names_without_a_file_are_told() {
+    let world = World::new();
+    let registry = world.registry();
+    let source = changed(&registry, |_| {});
+    let target = format!("{}/x:first", registry.addr());
+    let (list, record) = (world.path("list"), world.path("record"));
+    std::fs::write(&list, "f\nmissing/file\n*.none\n").unwrap();
+    std::fs::write(&record, "{\"path\":\"/f\"}\n{\"path\":\"gone\"}\n").unwrap();
+    for (flag, file, expected) in [
+        ("--prefetch-list", &list, &["missing/file", "*.none"][..]),
+        ("--record-in", &record, &["1 of 2 paths"]),
+    ] {
+        let output = world.run(&["optimize", flag, file.to_str().unwrap(), &source, &target]);
+        let message = errors(&output);
+        assert!(output.status.success(), "{message}");
+        for text in expected.iter().chain(&["1 file first"]) {
+            assert!(message.contains(text), "{flag}: {message}");
+        }
+        assert!(!message.contains(": f:"), "{message}");
+    }
+}

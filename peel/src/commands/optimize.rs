@@ -22,6 +22,9 @@ use crate::convert::plan::{self, Plan};
 use crate::convert::{Settings, patterns};
 use crate::progress::LoadProgress;
 
+/// Names without a file that are shown one by one.
+const SHOWN: usize = 10;
+
 /// Records, converts, pushes; prints the digest of what the target names then.
 pub(super) fn run(global: &Global, args: &OptimizeArgs) -> anyhow::Result<()> {
     let format = format::lazy(&args.lazy, args.reuse.reuse)?;
@@ -38,16 +41,33 @@ pub(super) fn run(global: &Global, args: &OptimizeArgs) -> anyhow::Result<()> {
         );
         None
     } else if !args.record_in.is_empty() {
+        let record = record::read_all(&args.record_in)?;
         let contents = open.contents()?;
-        Some(planned(
-            record::read_all(&args.record_in)?,
-            &contents.tree,
-            &contents.layers,
-        ))
+        let recorded = record.accesses.len();
+        let (profile, plan) = planned(record, &contents.tree, &contents.layers);
+        if plan.left_out > 0 {
+            let _ = writeln!(
+                err,
+                "peel: {} of {recorded} paths of the record are no files with content in the image: left out",
+                plan.left_out
+            );
+        }
+        Some((profile, plan))
     } else if let Some(path) = &args.prefetch_list {
         let list = std::fs::read(path).with_context(|| format!("{}: cannot be read", path.display()))?;
         let list = patterns::parse(&list).with_context(|| path.display().to_string())?;
         let contents = open.contents()?;
+        let idle = plan::idle(&contents.tree, &list);
+        for pattern in idle.iter().take(SHOWN) {
+            let _ = writeln!(
+                err,
+                "peel: {}: {pattern}: no file with content in the image: left out",
+                path.display()
+            );
+        }
+        if idle.len() > SHOWN {
+            let _ = writeln!(err, "peel: {}: and {} more", path.display(), idle.len() - SHOWN);
+        }
         let profile = untimed(plan::matching(&contents.tree, &list));
         Some(planned(profile, &contents.tree, &contents.layers))
     } else {
@@ -60,7 +80,12 @@ pub(super) fn run(global: &Global, args: &OptimizeArgs) -> anyhow::Result<()> {
         if plan.files.is_empty() {
             let _ = writeln!(
                 err,
-                "peel: no file of the image was read; it is written without files that come first"
+                "peel: {}; it is written without files that come first",
+                if args.record_in.is_empty() && args.prefetch_list.is_none() {
+                    "no file of the image was read"
+                } else {
+                    "no file of the image is named"
+                }
             );
         } else if !global.json {
             let _ = writeln!(err, "files of the image that come first: {}", plan.files.len());

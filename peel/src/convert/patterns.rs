@@ -84,6 +84,12 @@ impl Pattern {
     }
 }
 
+impl std::fmt::Display for Pattern {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}", self.components.join(&b'/').escape_ascii())
+    }
+}
+
 fn match_components(pattern: &[Vec<u8>], path: &[&[u8]], steps: &mut usize) -> bool {
     *steps += 1;
     if *steps > STEPS_MAX {

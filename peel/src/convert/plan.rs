@@ -124,6 +124,15 @@ pub fn matching(tree: &Tree, patterns: &[Pattern]) -> Vec<EntryPath> {
     all
 }
 
+/// The patterns that name no regular file with content: most are spelling mistakes.
+pub fn idle<'a>(tree: &Tree, patterns: &'a [Pattern]) -> Vec<&'a Pattern> {
+    let is_idle = |pattern: &&Pattern| {
+        let paths = matching(tree, std::slice::from_ref(*pattern));
+        !paths.iter().any(|path| find(tree, path).is_some())
+    };
+    patterns.iter().filter(is_idle).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use peel_image::Digest;
@@ -239,5 +248,8 @@ mod tests {
             matching(&tree, &list),
             ["etc/a", "usr/bin/dash", "usr/bin/sh"].map(path)
         );
+        let list = patterns::parse(b"etc/a\n/etc/A\nusr/*\n**/sh\n*.p?\n").unwrap();
+        let idle: Vec<_> = idle(&tree, &list).iter().map(ToString::to_string).collect();
+        assert_eq!(idle, ["etc/A", "usr/*", "*.p?"]);
     }
 }
