@@ -1,6 +1,7 @@
-//! Errors as people read them.
+//! Errors and strangers' names as people read them.
 
-/// The error and its causes in one line. Some error types print their cause themselves; it is not said twice.
+/// The error and its causes in one line. Some error types print their cause themselves; it is not said twice. What they quote from
+/// registries and images cannot control a terminal.
 pub fn describe(error: &anyhow::Error) -> String {
     let mut text = String::new();
     for cause in error.chain() {
@@ -12,7 +13,22 @@ pub fn describe(error: &anyhow::Error) -> String {
             text.push_str(&cause);
         }
     }
-    text
+    printable(text.as_bytes())
+}
+
+/// Text as it can be shown on a terminal: control characters of strangers must not reach it.
+pub fn printable(text: &[u8]) -> String {
+    String::from_utf8_lossy(text)
+        .chars()
+        .flat_map(|char| {
+            let escaped = char.is_control();
+            escaped
+                .then(|| char.escape_default())
+                .into_iter()
+                .flatten()
+                .chain((!escaped).then_some(char))
+        })
+        .collect()
 }
 
 #[cfg(test)]
@@ -26,5 +42,13 @@ mod tests {
         let error = anyhow!("disk full").context("a: disk full").context("b");
         assert_eq!(describe(&error), "b: a: disk full");
         assert_eq!(describe(&anyhow!("x").context("y")), "y: x");
+    }
+
+    #[test]
+    fn names_cannot_control_the_terminal() {
+        assert_eq!(printable("plain \u{e4} name".as_bytes()), "plain \u{e4} name");
+        assert_eq!(printable(b"a\x1b[2Jb\n"), "a\\u{1b}[2Jb\\n");
+        assert_eq!(printable(b"\xff"), "\u{fffd}");
+        assert_eq!(describe(&anyhow!("type a\x1b[2Jb")), "type a\\u{1b}[2Jb");
     }
 }

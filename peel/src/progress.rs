@@ -7,6 +7,8 @@ use std::time::{Duration, Instant};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use peel_fs::Progress;
 
+use crate::describe::printable;
+
 /// What is faster than this shows nothing.
 const PATIENCE: Duration = Duration::from_secs(1);
 /// Redraws per second.
@@ -103,7 +105,7 @@ impl LoadProgress {
         self.bar.finish();
         for note in notes(&self.image, self.layers, &self.pulled) {
             // Whoever closed standard error does not want to know.
-            let _ = writeln!(std::io::stderr(), "peel: {note}");
+            let _ = writeln!(std::io::stderr(), "peel: {}", printable(note.as_bytes()));
         }
     }
 }

@@ -4,7 +4,7 @@
 use peel::demo::registry::Registry;
 use peel_image::{Digest, media};
 use peel_tests::image::{Layer, Tar, push};
-use peel_tests::world::{World, errors, vector};
+use peel_tests::world::{World, errors, text, vector};
 use serde_json::{Value, json};
 
 /// Docker's type of layers whose bytes lie elsewhere.
@@ -147,5 +147,30 @@ fn names_without_a_file_are_told() {
             assert!(message.contains(text), "{flag}: {message}");
         }
         assert!(!message.contains(": f:"), "{message}");
+    }
+}
+
+#[test]
+fn strangers_do_not_control_the_terminal() {
+    const WIPE: &str = "\u{1b}[2J";
+    let world = World::new();
+    let registry = world.registry();
+    let source = changed(&registry, |manifest| {
+        manifest["layers"][0]["mediaType"] = json!(format!("application/{WIPE}x"));
+        manifest["annotations"] = json!({format!("name{WIPE}"): format!("value{WIPE}")});
+    });
+    let target = format!("{}/x:made", registry.addr());
+    let dir = world.dir("root");
+    for arguments in [
+        &["inspect", &source][..],
+        &["convert", &source, &target],
+        &["mount", &source, dir.to_str().unwrap()],
+    ] {
+        let output = world.run(arguments);
+        let shown = text(&output) + &errors(&output);
+        assert!(
+            !shown.contains('\u{1b}') && shown.contains("\\u{1b}[2J"),
+            "{arguments:?}: {shown:?}"
+        );
     }
 }

@@ -17,6 +17,7 @@ use super::record;
 use crate::cli::{ConvertArgs, Global, LazyArgs, ReuseArgs};
 use crate::convert::plan::Plan;
 use crate::convert::{Conversion, How, Outcome, Settings, toc_image};
+use crate::describe::printable;
 use crate::progress::Bar;
 use select::Selection;
 
@@ -136,6 +137,7 @@ pub(super) fn report(global: &Global, target: &str, outcome: &Outcome) -> anyhow
     for image in &outcome.images {
         if outcome.images.len() > 1 {
             let platform = image.platform.as_deref().unwrap_or("(no platform)");
+            let platform = printable(platform.as_bytes());
             let _ = writeln!(err, "{platform}: {}", image.manifest_digest);
         }
         for (position, layer) in image.layers.iter().enumerate() {

@@ -14,6 +14,7 @@ use serde::Serialize;
 use super::checks::{Check, checks};
 use super::look::OpenImage;
 use crate::cli::{Global, InspectArgs};
+use crate::describe::printable;
 use crate::layers::{self, Examined, Format, Origin, TocState, annotation};
 
 /// What `--json` prints.
@@ -150,9 +151,14 @@ fn print(report: &Report) -> std::io::Result<()> {
     )?;
     writeln!(
         out,
-        "size:     {} bytes in {} layers",
+        "size:     {} bytes in {} {}",
         report.size,
-        report.layers.len()
+        report.layers.len(),
+        if report.layers.len() == 1 {
+            "layer"
+        } else {
+            "layers"
+        }
     )?;
     print_annotations(&mut out, "", &report.annotations)?;
     for (position, layer) in report.layers.iter().enumerate() {
@@ -167,11 +173,13 @@ fn print(report: &Report) -> std::io::Result<()> {
         writeln!(
             out,
             "  format:   {}, {} bytes ({})",
-            layer.format, layer.size, layer.media_type
+            layer.format,
+            layer.size,
+            printable(layer.media_type.as_bytes())
         )?;
         match &layer.not_lazy {
             None => writeln!(out, "  lazy:     yes")?,
-            Some(reason) => writeln!(out, "  lazy:     no: {reason}")?,
+            Some(reason) => writeln!(out, "  lazy:     no: {}", printable(reason.as_bytes()))?,
         }
         let origin = match layer.toc_origin {
             Some(Origin::Annotation) => "; its place is in an annotation",
@@ -219,8 +227,9 @@ fn print(report: &Report) -> std::io::Result<()> {
             Check::Failed { when, fault } => {
                 writeln!(
                     out,
-                    "  checked:  WRONG, found{}: {fault}; it is not loaded",
-                    on(when)
+                    "  checked:  WRONG, found{}: {}; it is not loaded",
+                    on(when),
+                    printable(fault.as_bytes())
                 )?;
             }
         }
@@ -235,7 +244,8 @@ fn print_annotations(
     all: &BTreeMap<String, String>,
 ) -> std::io::Result<()> {
     for (name, value) in all {
-        writeln!(out, "{indent}{name} = {}", value.escape_debug())?;
+        let (name, value) = (printable(name.as_bytes()), printable(value.as_bytes()));
+        writeln!(out, "{indent}{name} = {value}")?;
     }
     Ok(())
 }

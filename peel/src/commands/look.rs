@@ -9,6 +9,7 @@ use peel_registry::{Blob, ResolvedImage, Source, TocImage};
 use tokio::runtime::Runtime;
 
 use crate::cli::Global;
+use crate::describe::printable;
 use crate::layers;
 
 /// An image in its registry, layout or archive.
@@ -100,9 +101,10 @@ impl OpenImage {
     fn whole(&self, blob: &Blob, position: usize, count: usize, reason: &str) -> anyhow::Result<LayerIndex> {
         let _ = writeln!(
             std::io::stderr(),
-            "peel: layer {} of {count} is read whole ({} bytes): {reason}",
+            "peel: layer {} of {count} is read whole ({} bytes): {}",
             position + 1,
-            blob.size()
+            blob.size(),
+            printable(reason.as_bytes())
         );
         let stream = self
             .runtime

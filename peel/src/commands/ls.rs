@@ -11,6 +11,7 @@ use serde::Serialize;
 use super::checks::{Check, checks};
 use super::look::OpenImage;
 use crate::cli::{Global, LsArgs};
+use crate::describe::printable;
 
 /// One line of the listing.
 #[derive(Debug, Serialize)]
@@ -138,21 +139,6 @@ fn line(tree: &Tree, id: InodeId, name: &[u8]) -> anyhow::Result<Line> {
     })
 }
 
-/// A name as it can be shown on a terminal: control characters of strangers must not reach it.
-fn printable(name: &[u8]) -> String {
-    String::from_utf8_lossy(name)
-        .chars()
-        .flat_map(|char| {
-            let escaped = char.is_control();
-            escaped
-                .then(|| char.escape_default())
-                .into_iter()
-                .flatten()
-                .chain((!escaped).then_some(char))
-        })
-        .collect()
-}
-
 fn print_long(out: &mut impl Write, line: &Line) -> std::io::Result<()> {
     let kind = match line.kind {
         "directory" => 'd',
@@ -171,17 +157,5 @@ fn print_long(out: &mut impl Write, line: &Line) -> std::io::Result<()> {
     match &line.target {
         Some(target) => writeln!(out, " -> {target}"),
         None => writeln!(out),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn names_cannot_control_the_terminal() {
-        assert_eq!(printable("plain \u{e4} name".as_bytes()), "plain \u{e4} name");
-        assert_eq!(printable(b"a\x1b[2Jb\n"), "a\\u{1b}[2Jb\\n");
-        assert_eq!(printable(b"\xff"), "\u{fffd}");
     }
 }
