@@ -105,7 +105,7 @@ impl Bench {
             object,
             0,
             100,
-            Box::new(move |read| sender.send(read.map(<[u8]>::to_vec)).unwrap()),
+            Box::new(move |read| drop(sender.send(read.map(<[u8]>::to_vec)))),
         );
         answer
     }
