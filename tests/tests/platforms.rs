@@ -383,3 +383,27 @@ fn indexes_within_indexes_end() {
     }
     world.assert_sound();
 }
+
+#[test]
+fn a_platform_that_was_not_copied_is_named() {
+    let world = World::new();
+    let registry = world.registry();
+    let here = image(&registry, ARCHITECTURES[0], None);
+    let mut gone = here.clone();
+    gone["digest"] = json!(Digest::of(b"gone").to_string());
+    gone["platform"] = json!({"os": "linux", "architecture": "s390x"});
+    index_of(&registry, "some", &[here, gone]);
+    let (source, target) = (
+        format!("{}/multi:some", registry.addr()),
+        format!("{}/multi:all", registry.addr()),
+    );
+    let output = world.run(&["convert", "--all-platforms", &source, &target]);
+    let message = errors(&output);
+    assert!(!output.status.success());
+    assert!(
+        message.contains("(linux/s390x)") && message.contains("--platform"),
+        "{message}"
+    );
+    let this = format!("linux/{}", ARCHITECTURES[0]);
+    world.convert(&["--platform", &this], &source, &target);
+}

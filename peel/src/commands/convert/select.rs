@@ -100,7 +100,14 @@ async fn choose(source: &Source, args: &PlatformArgs) -> anyhow::Result<Chosen> 
             .get(*position)
             .context("entry of the index")?;
         let image = source.image(entry).await;
-        let image = image.with_context(|| format!("entry {} of the index", position + 1))?;
+        let image = image.with_context(|| {
+            let platform = entry.platform().as_ref();
+            let platform = platform.map_or_else(|| "no platform".to_owned(), platform_text);
+            format!(
+                "entry {} of the index ({platform}); --platform names those that are wanted",
+                position + 1
+            )
+        })?;
         images.push((Some(*position), image));
     }
     let host = index.choose(None);
