@@ -15,7 +15,7 @@ use std::sync::mpsc as blocking;
 
 use anyhow::Context;
 use bytes::Bytes;
-use peel_image::write::{self, Options, Written};
+use peel_image::write::{self, Options, WriteError, Written};
 use peel_image::{Digest, Hasher, compression};
 use tokio::sync::mpsc;
 
@@ -147,11 +147,15 @@ pub fn write(
     hash: bool,
 ) -> anyhow::Result<(Written, Option<Digest>)> {
     let dir = temporary_directory();
+    let elsewhere = || format!("temporary file in {}; TMPDIR names another place", dir.display());
     // Without a name, so that nothing is left when this process is killed.
-    let spool = tempfile::tempfile_in(&dir)
-        .with_context(|| format!("temporary file in {}; TMPDIR names another place", dir.display()))?;
+    let spool = tempfile::tempfile_in(&dir).with_context(elsewhere)?;
     let mut tar = Inflated::start(compressed, hash).context("thread")?;
-    let written = write::write(&mut tar, spool, &mut sink, options)?;
+    let written = write::write(&mut tar, spool, &mut sink, options);
+    let written = match written {
+        Err(error @ WriteError::Spool(_)) => return Err(error).with_context(elsewhere),
+        result => result?,
+    };
     sink.flush().context("upload")?;
     // The digest is that of the whole stream, whatever the writer needed of it.
     io::copy(&mut tar, &mut io::sink()).context("rest of the layer")?;
