@@ -24,6 +24,7 @@ mod reason;
 
 use std::fmt;
 use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use serde::{Serialize, Serializer};
 
@@ -41,7 +42,7 @@ use crate::zstd_chunked::{self, Dialect};
 /// by default, and Podman's chunks are seldom larger than some MiB.
 pub const CHUNK_MAX: u64 = 256 << 20;
 
-/// Most zeros of a file that is served lazily, in bytes: they are hashed on the threads that reads wait for, which takes half a
+/// Most zeros of a file that is served lazily, in bytes: they are hashed while a read waits, which takes half a
 /// second for so many, or more than two without SHA instructions.
 pub const ZEROS_MAX: u64 = 1 << 30;
 
@@ -218,10 +219,37 @@ pub enum TocState {
 /// Bytes of a chunk per compressed byte from which on it may be nothing but zeros: both compressors come near 1000 and beyond there.
 const ZEROS_RATIO: u64 = 500;
 
+/// Most bytes that are hashed to find the holes of all layers of an image: some seconds, while other images wait for their turn. No real
+/// image has such holes in more than a layer or two.
+pub const IMAGE_HOLES_MAX: u64 = 4 * ZEROS_MAX;
+
+/// Bytes that may still be hashed to find the holes of an image. What has no room is taken for ordinary content.
+#[derive(Debug)]
+pub struct HoleBudget(AtomicU64);
+
+impl Default for HoleBudget {
+    fn default() -> Self {
+        Self::new(IMAGE_HOLES_MAX)
+    }
+}
+
+impl HoleBudget {
+    /// Room for so many bytes.
+    pub const fn new(bytes: u64) -> Self {
+        Self(AtomicU64::new(bytes))
+    }
+
+    fn take(&self, bytes: u64) -> bool {
+        let order = Ordering::Relaxed;
+        let taken = self.0.fetch_update(order, order, |left| left.checked_sub(bytes));
+        taken.is_ok()
+    }
+}
+
 /// Finds large files of nothing but zeros: a writer that has one chunk for a file says nothing of its kind, but its digest does. As
-/// holes they need not fit into memory. Hashes no more than [`ZEROS_MAX`] of a layer, and none for files that did not compress like
-/// them.
-pub(crate) fn find_holes(index: &mut LayerIndex) {
+/// holes they need not fit into memory. Hashes no more than [`ZEROS_MAX`] of a layer and the `budget` of its image, and none for files
+/// that did not compress like them.
+pub(crate) fn find_holes(index: &mut LayerIndex, budget: &HoleBudget) {
     let mut left = ZEROS_MAX;
     for entry in &mut index.entries {
         let EntryKind::Regular(content) = &mut entry.kind else {
@@ -233,7 +261,11 @@ pub(crate) fn find_holes(index: &mut LayerIndex) {
         let ChunkSource::Blob { compressed_size, .. } = chunk.source else {
             continue;
         };
-        if chunk.size > CHUNK_MAX && chunk.size / ZEROS_RATIO > compressed_size && chunk.size <= left {
+        if chunk.size > CHUNK_MAX
+            && chunk.size / ZEROS_RATIO > compressed_size
+            && chunk.size <= left
+            && budget.take(chunk.size)
+        {
             left -= chunk.size;
             if Digest::of_zeros(chunk.size) == digest {
                 chunk.source = ChunkSource::Zeros;

@@ -141,7 +141,10 @@ pub(super) async fn read_toc(
     };
     // What is kept of a guess is at most half of something else.
     room.trim(2 * bytes.len() as u64);
-    let read = memory.read_in_turn(engine, &layer, move || candidate.read(&located, &bytes));
+    let holes = Arc::clone(&memory.holes);
+    let read = memory.read_in_turn(engine, &layer, move || {
+        candidate.read_within(&located, &bytes, &holes)
+    });
     let index = read.await;
     drop(room);
     index

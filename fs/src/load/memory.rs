@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use peel_image::Digest;
 use peel_image::layer::{Chunk, Entry, EntryKind, LayerIndex};
+use peel_image::lazy::HoleBudget;
 use peel_registry::{Room, TocRoom};
 use tokio::sync::Semaphore;
 
@@ -40,6 +41,8 @@ pub(super) struct Memory {
     pub(super) fetches: Semaphore,
     indexes: AtomicU64,
     indexes_max: u64,
+    /// What may be hashed to find holes.
+    pub(super) holes: Arc<HoleBudget>,
 }
 
 impl Memory {
@@ -53,6 +56,7 @@ impl Memory {
             fetches: Semaphore::new(FETCHES),
             indexes: AtomicU64::new(0),
             indexes_max: engine.indexes_max(),
+            holes: Arc::default(),
         }
     }
 
@@ -235,6 +239,7 @@ mod tests {
             fetches: Semaphore::new(1),
             indexes: AtomicU64::new(0),
             indexes_max: 0,
+            holes: Arc::default(),
         };
         let room = memory.room(&Digest::EMPTY, 10).await.unwrap();
         let other = pool.share();

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::{Format, Located, NotLazy, Origin, Over, Toc, TocState, find_holes, unservable};
+use super::{Format, HoleBudget, Located, NotLazy, Origin, Over, Toc, TocState, find_holes, unservable};
 use crate::annotations as names;
 use crate::digest::Digest;
 use crate::estargz::footer::{EXTERNAL_FOOTER, Footer};
@@ -252,17 +252,22 @@ impl Candidate {
         check(JSON, self.json, toc.json_digest)?;
         check(COMPRESSED, self.compressed, toc.compressed_digest)?;
         let index = read_index_by(&toc.json, &located.rules()).map_err(NotLazy::toc)?;
-        self.checked(located, index)
+        self.checked(located, index, &HoleBudget::default())
     }
 
     /// The index of a TOC that the manifest vouches for, if all of its files can be fetched and verified one by one.
-    fn checked(&self, located: &Located, mut index: LayerIndex) -> Result<LayerIndex, NotLazy> {
+    fn checked(
+        &self,
+        located: &Located,
+        mut index: LayerIndex,
+        holes: &HoleBudget,
+    ) -> Result<LayerIndex, NotLazy> {
         let end = located.payload_end;
         if located.format == Format::ZstdChunked(Dialect::Podman) {
             // There are no landmarks in this dialect.
             index.prefetch_end = self.prefetch_end.map(|prefetch_end| prefetch_end.min(end));
         }
-        find_holes(&mut index);
+        find_holes(&mut index, holes);
         match unservable(&index, end) {
             Some(reason) => Err(reason),
             None => Ok(index),
@@ -273,6 +278,16 @@ impl Candidate {
     /// decompressed whose compressed bytes are known to be wrong, and nothing comes from JSON that is not the one which the
     /// manifest vouches for, not even an error. Computes for some ten milliseconds where a TOC is large.
     pub fn read(&self, located: &Located, compressed: &[u8]) -> Result<LayerIndex, NotLazy> {
+        self.read_within(located, compressed, &HoleBudget::default())
+    }
+
+    /// As [`Candidate::read`], for one of the layers of an image, which share a budget.
+    pub fn read_within(
+        &self,
+        located: &Located,
+        compressed: &[u8],
+        holes: &HoleBudget,
+    ) -> Result<LayerIndex, NotLazy> {
         self.vouched()?;
         if let Some(expected) = self.compressed {
             check(COMPRESSED, Some(expected), Digest::of(compressed))?;
@@ -293,7 +308,7 @@ impl Candidate {
             }
         }?;
         drop(json);
-        self.checked(located, index)
+        self.checked(located, index, holes)
     }
 }
 

@@ -291,3 +291,41 @@ fn ordinary_layers_say_what_they_are() {
         Err(NotLazy::MediaType("text/plain".to_owned()))
     );
 }
+
+#[test]
+fn holes_are_looked_for_as_long_as_the_image_s_budget_lasts() {
+    let size = CHUNK_MAX + 1;
+    let digest = Digest::of_zeros(size);
+    let chunk = Chunk {
+        file_offset: 0,
+        size,
+        digest,
+        source: ChunkSource::Blob {
+            encoding: crate::layer::Encoding::Gzip,
+            offset: 0,
+            compressed_size: size / 1000,
+            inner_offset: 0,
+        },
+    };
+    let index = LayerIndex {
+        entries: vec![crate::layer::Entry {
+            path: crate::path::EntryPath::clean(b"zeros").unwrap(),
+            metadata: crate::layer::Metadata::default(),
+            kind: EntryKind::Regular(crate::layer::FileContent {
+                size,
+                digest: Some(digest),
+                chunks: vec![chunk],
+            }),
+        }],
+        prefetch_end: None,
+    };
+    // The layers of one image.
+    let budget = HoleBudget::new(2 * size - 1);
+    let lazy = [(); 2].map(|()| {
+        let mut layer = index.clone();
+        find_holes(&mut layer, &budget);
+        unservable(&layer, u64::MAX)
+    });
+    let path = index.entries[0].path.to_string();
+    assert_eq!(lazy, [None, Some(NotLazy::ChunkTooLarge { path })]);
+}
