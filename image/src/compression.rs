@@ -8,7 +8,7 @@ use std::cell::RefCell;
 use std::fmt;
 use std::io::{self, BufRead, BufReader, Cursor, Read};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use crate::layer::Encoding;
 
@@ -33,6 +33,22 @@ pub enum CompressionError {
         #[source]
         source: io::Error,
     },
+    /// The same for a whole layer.
+    #[error("damaged {encoding} data, somewhere in its first {read} bytes")]
+    Stream {
+        /// What they should have been.
+        encoding: Encoding,
+        /// Compressed bytes that the decompressor was given.
+        read: u64,
+        /// What it said.
+        #[source]
+        source: io::Error,
+    },
+    /// A layer that is compressed in a way which no image specification has.
+    #[error(
+        "it is compressed with {0}, which neither OCI nor Docker layers are: push the image anew with gzip or zstd"
+    )]
+    Unsupported(&'static str),
     /// The stream ends before the wanted bytes.
     #[error("the {encoding} data ends after {have} of {wanted} bytes")]
     Short {
@@ -121,20 +137,34 @@ pub fn detect(start: &[u8]) -> Encoding {
     }
 }
 
+/// Compressions that some tools read in layers although no specification has them, by their first bytes: long enough that no name of
+/// a file at the start of a tar stream looks like them.
+const UNSUPPORTED: [(&[u8], &str); 4] = [
+    (b"BZh91AY&SY", "bzip2"),
+    (b"\xfd7zXZ\0", "xz"),
+    (b"\x04\x22\x4d\x18", "lz4"),
+    (b"LZIP\x01", "lzip"),
+];
+
 /// Looks at the first bytes of `stream` and gives the uncompressed stream: all gzip members and all zstd frames one after
-/// the other. A stream that ends inside a member or frame fails with `UnexpectedEof`; one that breaks the guard
-/// fails with a [`CompressionError`] inside the [`io::Error`].
+/// the other. A stream that ends inside a member or frame fails with `UnexpectedEof`; it, a damaged one, one that breaks the guard
+/// and one that is compressed in another way fail with a [`CompressionError`] inside the [`io::Error`].
 pub fn decoder<R: Read + Send + 'static>(
     stream: R,
     guard: Guard,
 ) -> io::Result<(Encoding, Box<dyn Read + Send>)> {
     let input = Arc::new(AtomicU64::new(0));
+    let has_failed = Arc::new(AtomicBool::new(false));
     let mut stream = Counted {
         stream,
         count: Arc::clone(&input),
+        has_failed: Arc::clone(&has_failed),
     };
     let mut start = Vec::new();
-    stream.by_ref().take(4).read_to_end(&mut start)?;
+    stream.by_ref().take(10).read_to_end(&mut start)?;
+    if let Some((_, name)) = UNSUPPORTED.iter().find(|(magic, _)| start.starts_with(magic)) {
+        return Err(io::Error::other(CompressionError::Unsupported(name)));
+    }
     let encoding = detect(&start);
     let stream = BufReader::with_capacity(BUFFER, Cursor::new(start).chain(stream));
     let output: Box<dyn Read + Send> = match encoding {
@@ -146,6 +176,7 @@ pub fn decoder<R: Read + Send + 'static>(
         output,
         written: 0,
         input,
+        has_failed,
         encoding,
         guard,
     };
@@ -158,15 +189,20 @@ fn zstd_decoder<R: BufRead>(stream: R) -> io::Result<zstd::stream::read::Decoder
     Ok(decoder)
 }
 
-/// Counts what passes.
+/// Counts what passes, and tells whether the stream itself failed.
 struct Counted<R> {
     stream: R,
     count: Arc<AtomicU64>,
+    has_failed: Arc<AtomicBool>,
 }
 
 impl<R: Read> Read for Counted<R> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let count = self.stream.read(buffer)?;
+        let count = self.stream.read(buffer).inspect_err(|error| {
+            if error.kind() != io::ErrorKind::Interrupted {
+                self.has_failed.store(true, Ordering::Relaxed);
+            }
+        })?;
         self.count.fetch_add(count as u64, Ordering::Relaxed);
         Ok(count)
     }
@@ -177,19 +213,38 @@ struct Guarded {
     output: Box<dyn Read + Send>,
     written: u64,
     input: Arc<AtomicU64>,
+    has_failed: Arc<AtomicBool>,
     encoding: Encoding,
     guard: Guard,
 }
 
+impl Guarded {
+    /// What an error of the decompressor means.
+    fn error(&self, error: io::Error) -> io::Error {
+        if self.has_failed.load(Ordering::Relaxed) || error.kind() == io::ErrorKind::Interrupted {
+            return error;
+        }
+        match CompressionError::damaged(self.encoding, error) {
+            CompressionError::Damaged { encoding, source } => {
+                let read = self.input.load(Ordering::Relaxed);
+                // The kind tells a stream that is cut short from a damaged one.
+                io::Error::new(
+                    source.kind(),
+                    CompressionError::Stream {
+                        encoding,
+                        read,
+                        source,
+                    },
+                )
+            }
+            error => io::Error::other(error),
+        }
+    }
+}
+
 impl Read for Guarded {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let count = self.output.read(buffer).map_err(|error| {
-            match CompressionError::damaged(self.encoding, error) {
-                // Its kind tells a stream that is cut short from a damaged one.
-                CompressionError::Damaged { source, .. } => source,
-                error => io::Error::other(error),
-            }
-        })?;
+        let count = self.output.read(buffer).map_err(|error| self.error(error))?;
         self.written = self.written.saturating_add(count as u64);
         let (encoding, guard) = (self.encoding, self.guard);
         if self.written > guard.output_max {
@@ -482,6 +537,81 @@ mod tests {
             }
         }
         assert!(decode([gzip(b"x"), b"garbage".to_vec()].concat(), Guard::default()).is_err());
+    }
+
+    #[test]
+    fn what_is_wrong_with_a_stream_is_told() {
+        let chain = |error: io::Error| {
+            let source = error.get_ref().and_then(std::error::Error::source);
+            format!("{error}: {}", source.map(ToString::to_string).unwrap_or_default())
+        };
+        let data: Vec<u8> = (0..100_000_u32).flat_map(u32::to_le_bytes).collect();
+        let whole = gzip(&data);
+        let length = whole.len();
+        let garbage = [&whole[..], b"garbage, garbage"].concat();
+        for (stream, expected) in [
+            (
+                garbage,
+                format!(
+                    "damaged gzip data, somewhere in its first {} bytes: invalid gzip header",
+                    length + 16
+                ),
+            ),
+            (
+                whole[..length - 1].to_vec(),
+                format!("damaged gzip data, somewhere in its first {} bytes: ", length - 1),
+            ),
+            (
+                b"BZh91AY&SY\0\0".to_vec(),
+                "it is compressed with bzip2, which".to_owned(),
+            ),
+            (
+                b"\xfd7zXZ\0\0\x04".to_vec(),
+                "it is compressed with xz, which".to_owned(),
+            ),
+            (
+                vec![4, 0x22, 0x4d, 0x18, 0x40],
+                "it is compressed with lz4, which".to_owned(),
+            ),
+            (
+                b"LZIP\x01".to_vec(),
+                "it is compressed with lzip, which".to_owned(),
+            ),
+        ] {
+            let error = chain(decode(stream, Guard::default()).unwrap_err());
+            assert!(error.starts_with(&expected), "{error} is not {expected}");
+        }
+        // These are names of files in a tar stream.
+        for start in ["BZh9", "BZh91AY", "LZIP", "7zXZ"] {
+            assert_eq!(decode(start.into(), Guard::default()).unwrap().0, Encoding::Plain);
+        }
+    }
+
+    /// The network breaks off after a part of the stream.
+    struct Breaks(Cursor<Vec<u8>>);
+
+    impl Read for Breaks {
+        fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+            match self.0.read(buffer)? {
+                0 => Err(io::Error::new(
+                    io::ErrorKind::ConnectionReset,
+                    "reset by the registry",
+                )),
+                count => Ok(count),
+            }
+        }
+    }
+
+    #[test]
+    fn a_stream_that_cannot_be_read_is_not_called_damaged() {
+        for encoding in ALL {
+            let mut stream = compress(encoding, &[7; 100_000]);
+            stream.truncate(stream.len() - 9);
+            let (_, mut output) = decoder(Breaks(Cursor::new(stream)), Guard::default()).unwrap();
+            let error = output.read_to_end(&mut Vec::new()).unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
+            assert_eq!(error.to_string(), "reset by the registry");
+        }
     }
 
     #[test]
