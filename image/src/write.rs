@@ -252,7 +252,9 @@ pub enum WriteError {
     #[error("the TOC cannot be written as JSON")]
     Json(#[from] serde_json::Error),
     /// Readers would refuse the layer.
-    #[error("the layer has more than {RECORDS_MAX} entries, chunks and extended attributes")]
+    #[error(
+        "the layer has more than {RECORDS_MAX} entries, chunks and extended attributes; use a larger chunk size or fewer files"
+    )]
     TooMany,
     /// Readers would refuse the TOC.
     #[error("the TOC would have more than {TOC_JSON_MAX} bytes; use a larger chunk size or fewer files")]

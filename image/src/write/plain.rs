@@ -3,7 +3,7 @@
 //! That is also the way back from the lazy formats. zstd:chunked of Podman's dialect and eStargz whose DiffID was kept come out
 //! as the tar stream that they were made of, with its DiffID. Other eStargz layers, and those of the stargz dialect, hold
 //! a stream that was rewritten: of the additions the TOC and the landmarks are dropped here, but the order of the entries and
-//! the bytes after the last one, which their writer left out, do not come back.
+//! the bytes after the last one, which their writer left out, do not come back; the archive gets an end of its own.
 //!
 //! Streams are cut into blocks that are compressed independently, several at a time; blocks are so large that this costs
 //! less than a hundredth of the size. No spool is needed, and a stream that is no tar stream from some point on is passed on
@@ -23,7 +23,7 @@ use super::tape::{self, Recording, Tape};
 use super::{WriteError, Written};
 use crate::digest::Hasher;
 use crate::estargz::is_reserved;
-use crate::tar;
+use crate::tar::{self, write::padding};
 use crate::{annotations, media};
 
 /// Bytes that are compressed as one. zstd looks back as far as this at its usual levels.
@@ -32,6 +32,9 @@ const BLOCK: usize = 4 << 20;
 const STEP: usize = 256 << 10;
 /// Blocks that may wait to be hashed.
 const UNHASHED: usize = 2;
+
+/// The end of an archive: two blocks of zeros (POSIX.1-2024, pax, "ustar Interchange Format").
+const END: [u8; 2 * tar::BLOCK] = [0; 2 * tar::BLOCK];
 
 type Block = Arc<Vec<u8>>;
 
@@ -131,6 +134,7 @@ impl<W: Write> Running<W> {
     fn read<R: Read>(&mut self, tape: Tape<R>, mut recording: Recording) -> Result<(), WriteError> {
         let mut reader = tar::Reader::new(tape);
         let mut buffer = vec![0; STEP];
+        let (mut length, mut has_dropped) = (0, false);
         loop {
             let entry = match reader.next_entry() {
                 Ok(Some(entry)) => entry,
@@ -141,11 +145,12 @@ impl<W: Write> Running<W> {
             };
             let is_dropped = is_reserved(entry.path.as_bytes());
             self.entries += u64::from(!is_dropped);
+            has_dropped |= is_dropped;
             loop {
                 if is_dropped {
                     recording.skip(reader.position());
                 } else {
-                    self.take(&mut recording, reader.position())?;
+                    length += self.take(&mut recording, reader.position())?;
                 }
                 match reader.read(&mut buffer) {
                     Ok(0) => break,
@@ -160,24 +165,31 @@ impl<W: Write> Running<W> {
             }
             match ended {
                 Err(error) if recording.failed() => return Err(error.into()),
-                _ => self.take(&mut recording, reader.position())?,
+                _ => length += self.take(&mut recording, reader.position())?,
             }
         }
-        self.take(&mut recording, u64::MAX)?;
+        let mut trailer = self.take(&mut recording, u64::MAX)?;
         while reader.read_trailer(STEP)? {
-            self.take(&mut recording, u64::MAX)?;
+            trailer += self.take(&mut recording, u64::MAX)?;
         }
-        self.take(&mut recording, u64::MAX)
+        trailer += self.take(&mut recording, u64::MAX)?;
+        if has_dropped && trailer == 0 {
+            // The writers of some TOCs leave the end of the archive out, even the last padding. The DiffID is another one anyway.
+            self.block.extend_from_slice(padding(length));
+            self.block.extend_from_slice(&END);
+        }
+        Ok(())
     }
 
-    /// Takes what was read up to `offset`.
-    fn take(&mut self, recording: &mut Recording, offset: u64) -> Result<(), WriteError> {
+    /// Takes what was read up to `offset`; returns how many bytes that were.
+    fn take(&mut self, recording: &mut Recording, offset: u64) -> Result<u64, WriteError> {
+        let before = self.block.len();
         recording.take(offset, &mut self.block);
+        let count = (self.block.len() - before) as u64;
         if self.block.len() >= BLOCK {
-            self.send()
-        } else {
-            Ok(())
+            self.send()?;
         }
+        Ok(count)
     }
 
     fn send(&mut self) -> Result<(), WriteError> {

@@ -458,6 +458,11 @@ fn what_kept_the_stream_goes_back_to_it() {
         };
         assert_eq!(names(&back), names(&tar));
         assert_eq!(written.entries, sample().len() as u64);
+        // Their end of the archive was left out.
+        assert!(back.ends_with(&[0; 1024]) && back.len().is_multiple_of(512));
+        let (blob, _) = convert(&[0; 1024], &other);
+        let (back, _) = convert(&decompress(&blob), &options(Format::Plain));
+        assert_eq!(back, [0; 1024]);
     }
 }
 
