@@ -264,6 +264,7 @@ impl State {
         self.wrong.clear();
         self.list = None;
         self.progress = None;
+        self.unkept = false;
         self.backing = Backing::Unknown;
     }
 

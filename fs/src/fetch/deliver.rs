@@ -193,9 +193,12 @@ impl Claim {
         );
         let failed = {
             let mut state = lock(&self.object.state);
-            if state.generation == self.generation {
-                state.flights.remove(&chunk);
+            if state.generation != self.generation {
+                // The reads wait for another list's chunks.
+                drop(state);
+                return self.settle();
             }
+            state.flights.remove(&chunk);
             let (failed, waiting) = std::mem::take(&mut state.waiters)
                 .into_iter()
                 .partition(|waiter: &Waiter| waiter.missing.contains(&chunk));

@@ -25,7 +25,7 @@ use crate::{LayerReport, LoadRequest, PullPolicy};
 /// of one core, which a start from a full store has better use for.
 const PATIENCE: Duration = Duration::from_secs(3);
 
-/// How long the TOCs of damaged indexes, and waits for memory, may take together: lookups of files that the store does not know wait for them.
+/// How long the TOCs of damaged indexes may take together, with the wait for memory for them: lookups of files that the store does not know wait for them.
 const REFETCH: Duration = Duration::from_secs(30);
 
 /// How closely an image is looked at before it counts as known.
@@ -253,17 +253,8 @@ impl Deferred {
         let store = &self.engine.store;
         let blob = source.blob(descriptor).map_err(|error| error.to_string())?;
         if let Some(index) = store.layer(key).map_err(|error| error.to_string())? {
-            let hold = async { tokio::time::timeout_at(deadline.into(), memory.hold(key, &index)).await };
-            self.engine
-                .handle()
-                .block_on(hold)
-                .map_err(|_| {
-                    format!(
-                        "other images that are being loaded had all memory for {} s",
-                        REFETCH.as_secs()
-                    )
-                })?
-                .map_err(|error| error.to_string())?;
+            // The image is mounted: without it, files would be missing.
+            memory.hold_anyway(&index);
             return Ok((index, blob));
         }
         let candidate = candidate(descriptor);

@@ -94,6 +94,11 @@ impl Memory {
         self.reserve(layer, weight(index)).await
     }
 
+    /// Takes memory for an index that is here already and that cannot be done without, whether there is memory or not.
+    pub(super) fn hold_anyway(&self, index: &LayerIndex) {
+        self.share.take_anyway(weight(index));
+    }
+
     /// Reads an index when it is its turn and there is memory for it. How much that is shows when it is read: where there is not so
     /// much, it is dropped, and read again later.
     pub(super) async fn read_in_turn<E: Send + 'static>(

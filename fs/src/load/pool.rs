@@ -2,7 +2,7 @@
 //! ([`super::memory`]), but several that ask for all of them at the same time add up.
 //!
 //! What must hold: loads that each hold a part never wait for each other without end. When the pool is used up, one load may exceed it
-//! until it ends, so it never waits here, and gives back what it holds; the others wait, with a deadline. So all loads together
+//! until that is over, so it never waits here, and gives back what it holds; the others wait, with a deadline. So all loads together
 //! take no more than the pool and what one image may have, but for the [`READERS`](crate::fetch::READERS) indexes that are being read.
 
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -79,6 +79,13 @@ impl Share {
         true
     }
 
+    /// Takes memory whether it is there or not: it is used already.
+    pub(crate) fn take_anyway(&self, bytes: u64) {
+        let mut state = lock(&self.pool.state);
+        state.taken = state.taken.saturating_add(bytes);
+        self.taken.fetch_add(bytes, Ordering::Relaxed);
+    }
+
     /// Takes memory, when it is there; false when it was not for so long.
     pub(crate) async fn reserve(&self, bytes: u64, patience: Duration) -> bool {
         let deadline = Instant::now() + patience;
@@ -99,6 +106,10 @@ impl Share {
         self.taken.fetch_sub(bytes, Ordering::Relaxed);
         let mut state = lock(&self.pool.state);
         state.taken = state.taken.saturating_sub(bytes);
+        if state.taken <= self.pool.limit {
+            // The next one that needs it may be another, which the one that had it may wait for.
+            state.exempt = None;
+        }
         drop(state);
         self.pool.changed.notify_waiters();
     }
@@ -128,13 +139,18 @@ mod tests {
         assert!(second.take(500), "somebody has to come to an end");
         assert!(second.take(1) && !first.take(1) && !third.take(1));
         assert!(third.take(0));
-        second.give_back(441);
-        assert!(!first.take(1), "100 of 100 are taken");
+        second.give_back(500);
+        assert!(!first.take(1), "101 of 100 are taken");
+        second.give_back(1);
+        assert!(first.take(1), "the next one that does not fit");
+        assert!(!second.take(1) && !third.take(1));
+        third.take_anyway(7);
         drop(second);
-        assert!(first.take(40));
-        assert!(third.take(1), "the next one that does not fit");
-        assert!(!first.take(1));
-        drop((first, third));
+        assert!(third.take(32), "100 of 100");
+        assert!(first.take(1) && !third.take(1), "101 of 100 again");
+        drop(first);
+        assert!(third.take(61) && third.take(1));
+        drop(third);
         let state = lock(&pool.state);
         assert_eq!((state.taken, state.exempt), (0, None));
     }
