@@ -25,6 +25,7 @@ mod reason;
 use std::fmt;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
 
 use serde::{Serialize, Serializer};
 
@@ -223,9 +224,13 @@ const ZEROS_RATIO: u64 = 500;
 /// image has such holes in more than a layer or two.
 pub const IMAGE_HOLES_MAX: u64 = 4 * ZEROS_MAX;
 
-/// Bytes that may still be hashed to find the holes of an image. What has no room is taken for ordinary content.
+/// What may still be hashed to find the holes of an image, and what came of it. What has no room is taken for ordinary content.
 #[derive(Debug)]
-pub struct HoleBudget(AtomicU64);
+pub struct HoleBudget {
+    bytes: AtomicU64,
+    /// The files that were hashed, and whether they are zeros: an index may be read again.
+    known: Mutex<Vec<(Digest, u64, bool)>>,
+}
 
 impl Default for HoleBudget {
     fn default() -> Self {
@@ -236,13 +241,29 @@ impl Default for HoleBudget {
 impl HoleBudget {
     /// Room for so many bytes.
     pub const fn new(bytes: u64) -> Self {
-        Self(AtomicU64::new(bytes))
+        Self {
+            bytes: AtomicU64::new(bytes),
+            known: Mutex::new(Vec::new()),
+        }
     }
 
-    fn take(&self, bytes: u64) -> bool {
+    /// Whether a file of that digest and so many bytes is nothing but zeros; `None` if there is no room to find out.
+    fn is_zeros(&self, digest: Digest, size: u64) -> Option<bool> {
+        let known = || self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        let before = known()
+            .iter()
+            .find_map(|(of, length, verdict)| ((of, length) == (&digest, &size)).then_some(*verdict));
+        if before.is_some() {
+            return before;
+        }
         let order = Ordering::Relaxed;
-        let taken = self.0.fetch_update(order, order, |left| left.checked_sub(bytes));
-        taken.is_ok()
+        let taken = self
+            .bytes
+            .fetch_update(order, order, |left| left.checked_sub(size));
+        taken.ok()?;
+        let verdict = Digest::of_zeros(size) == digest;
+        known().push((digest, size, verdict));
+        Some(verdict)
     }
 }
 
@@ -264,10 +285,10 @@ pub(crate) fn find_holes(index: &mut LayerIndex, budget: &HoleBudget) {
         if chunk.size > CHUNK_MAX
             && chunk.size / ZEROS_RATIO > compressed_size
             && chunk.size <= left
-            && budget.take(chunk.size)
+            && let Some(is_zeros) = budget.is_zeros(digest, chunk.size)
         {
             left -= chunk.size;
-            if Digest::of_zeros(chunk.size) == digest {
+            if is_zeros {
                 chunk.source = ChunkSource::Zeros;
             }
         }
