@@ -134,14 +134,17 @@ impl<W: Write> Running<W> {
     fn read<R: Read>(&mut self, tape: Tape<R>, mut recording: Recording) -> Result<(), WriteError> {
         let mut reader = tar::Reader::new(tape);
         let mut buffer = vec![0; STEP];
-        let (mut length, mut has_dropped) = (0, false);
+        let (mut length, mut has_dropped, mut is_broken) = (0, false, false);
         loop {
             let entry = match reader.next_entry() {
                 Ok(Some(entry)) => entry,
                 Ok(None) => break,
                 Err(error) if recording.failed() => return Err(error.into()),
                 // Not for this writer to judge.
-                Err(_) => break,
+                Err(_) => {
+                    is_broken = true;
+                    break;
+                }
             };
             let is_dropped = is_reserved(entry.path.as_bytes());
             self.entries += u64::from(!is_dropped);
@@ -156,13 +159,17 @@ impl<W: Write> Running<W> {
                     Ok(0) => break,
                     Ok(_) => {}
                     Err(error) if recording.failed() => return Err(WriteError::Input(error)),
-                    Err(_) => break,
+                    Err(_) => {
+                        is_broken = true;
+                        break;
+                    }
                 }
             }
             let ended = reader.end_entry();
             if is_dropped {
                 recording.skip(reader.position());
             }
+            is_broken |= ended.is_err();
             match ended {
                 Err(error) if recording.failed() => return Err(error.into()),
                 _ => length += self.take(&mut recording, reader.position())?,
@@ -173,7 +180,7 @@ impl<W: Write> Running<W> {
             trailer += self.take(&mut recording, u64::MAX)?;
         }
         trailer += self.take(&mut recording, u64::MAX)?;
-        if has_dropped && trailer == 0 {
+        if has_dropped && !is_broken && trailer == 0 {
             // The writers of some TOCs leave the end of the archive out, even the last padding. The DiffID is another one anyway.
             self.block.extend_from_slice(padding(length));
             self.block.extend_from_slice(&END);

@@ -467,6 +467,22 @@ fn what_kept_the_stream_goes_back_to_it() {
 }
 
 #[test]
+fn a_stream_that_breaks_off_gets_no_end() {
+    let cut = |mut tar: Vec<u8>| {
+        tar.truncate(tar.len() - 1024 - 400);
+        tar
+    };
+    let landmark = [file(".no.prefetch.landmark", b"\x0f"), file("a", &[b'x'; 700])];
+    let (back, _) = convert(&cut(tar_of(&landmark)), &options(Format::Plain));
+    let [_, kept] = &landmark;
+    assert!(
+        back.ends_with(&[b'x'; 624]),
+        "what there is of the file, and no more"
+    );
+    assert!(tar_of(std::slice::from_ref(kept)).starts_with(&back));
+}
+
+#[test]
 fn paddings_that_are_not_zeros_are_kept() {
     let content = vec![b'x'; 700];
     let mut tar = tar_of(&[file("a", &content), file("b", b"b"), dir("c/")]);
