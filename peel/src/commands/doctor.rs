@@ -14,7 +14,7 @@ use serde::Serialize;
 
 use crate::cli::Global;
 use crate::client::{self, Client};
-use crate::describe::describe;
+use crate::describe::{describe, printable};
 
 /// How much of a thing's absence matters.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -259,7 +259,7 @@ fn checks(store: &Store) -> Finding {
         // A strange image has its say in these.
         detail: faults
             .iter()
-            .map(|fault| fault.escape_debug().to_string())
+            .map(|fault| printable(fault.as_bytes()))
             .collect::<Vec<_>>()
             .join("\n"),
         remedy: Some(

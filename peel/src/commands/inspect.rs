@@ -118,12 +118,12 @@ fn layer_report(descriptor: &Descriptor, examined: Result<Examined, String>, che
     let toc_of = annotation(descriptor, LAYER_DIGEST).and_then(|layer| layer.parse::<Digest>().ok());
     let (index, not_lazy) = match (index, toc_of) {
         (Ok(index), _) => (Some(index), None),
-        (Err(_), Some(layer)) => {
+        (Err(_), Some(layer)) if matches!(toc, TocState::None) => {
             let reason =
                 format!("it is the table of contents of the layer {layer}, for the image beside this one");
             (None, Some(reason))
         }
-        (Err(reason), None) => (None, Some(reason)),
+        (Err(reason), _) => (None, Some(reason)),
     };
     LayerReport {
         digest: descriptor.digest().to_string(),

@@ -1,7 +1,8 @@
 //! Which manifest of an index is for this machine.
 //!
-//! Platforms are written `os/architecture[/variant]` in Go's words, or as one of the first two alone. Variants are levels of one architecture: a machine of a level
-//! runs images of that level and below, and the highest of these is the best (as containerd chooses).
+//! Platforms are written `os/architecture[/variant]` in Go's words; the first or the rest may be left out. Variants are levels of
+//! one architecture: a machine of a level runs images of that level and below, and the highest of these is the best (as
+//! containerd chooses).
 
 use oci_spec::image::{Descriptor, Platform};
 
@@ -23,7 +24,8 @@ impl Wanted {
                 ..Self::host()
             });
         }
-        if ARCHITECTURES.contains(&normal(text).0.as_str()) {
+        let first = text.split('/').next()?;
+        if ARCHITECTURES.contains(&normal(first).0.as_str()) {
             return Self::parse(&format!("linux/{text}"));
         }
         let mut parts = text.split('/');
@@ -250,6 +252,8 @@ mod tests {
             (&levels, "linux/amd64/v9", Some(3)),
             (&["linux/arm64"], "linux/arm64/v8", Some(0)),
             (&common, "arm64", Some(3)),
+            (&common, "arm64/v8", Some(3)),
+            (&common, "arm/v6", Some(1)),
             (&common, "armel", Some(1)),
             (&["windows/amd64", "linux/s390x"], "s390x", Some(1)),
             (&["linux/riscv64", "linux/riscv64"], "linux/riscv64", Some(0)),
