@@ -155,13 +155,14 @@ impl Format {
     /// Compressor, version and level, as the annotation of a written layer names them; `None` if nothing is compressed, or if the level
     /// is out of range.
     pub fn compressor(self) -> Option<String> {
-        let (coding, has_gzip_toc) = match self {
+        let (coding, has_toc) = match self {
             Self::Estargz { level, .. } => (Coding::gzip(level), true),
             Self::Gzip { level } => (Coding::gzip(level), false),
-            Self::ZstdChunked { level, .. } | Self::Zstd { level } => (Coding::zstd(level), false),
+            Self::ZstdChunked { level, .. } => (Coding::zstd(level), true),
+            Self::Zstd { level } => (Coding::zstd(level), false),
             Self::Plain => return None,
         };
-        coding.ok()?.name(has_gzip_toc)
+        coding.ok()?.name(has_toc)
     }
 }
 

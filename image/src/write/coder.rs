@@ -6,7 +6,7 @@ use std::io;
 
 use libdeflater::{CompressionLvl, Compressor, Decompressor};
 
-use super::WriteError;
+use super::{TOC_LEVEL_MAX, WriteError};
 
 /// Version of libdeflate, which [`libdeflater`] contains: its minor version is the library's.
 const LIBDEFLATE: &str = "1.26";
@@ -72,9 +72,9 @@ impl Coding {
     }
 
     /// Compressor, version and level; `None` where nothing is compressed.
-    pub(super) fn name(self, has_gzip_toc: bool) -> Option<String> {
+    pub(super) fn name(self, has_toc: bool) -> Option<String> {
         match self {
-            Self::Gzip(_, level) if has_gzip_toc => {
+            Self::Gzip(_, level) if has_toc => {
                 let toc = super::sink::GZIP_TOC_LEVEL;
                 Some(format!(
                     "libdeflate {LIBDEFLATE} level {level}, TOC zlib-rs {ZLIB_RS} level {toc}"
@@ -87,8 +87,13 @@ impl Coding {
                 } else {
                     ""
                 };
+                let toc = if has_toc && level > TOC_LEVEL_MAX {
+                    format!(", TOC level {TOC_LEVEL_MAX}")
+                } else {
+                    String::new()
+                };
                 let version = zstd::zstd_safe::version_string();
-                Some(format!("zstd {version} level {level}{window}"))
+                Some(format!("zstd {version} level {level}{window}{toc}"))
             }
             Self::Plain => None,
         }
@@ -214,6 +219,11 @@ mod tests {
             (
                 Coding::zstd(19).unwrap().name(false),
                 "zstd 1.5.7 level 19, window 4 MiB",
+            ),
+            (Coding::zstd(9).unwrap().name(true), "zstd 1.5.7 level 9"),
+            (
+                Coding::zstd(17).unwrap().name(true),
+                "zstd 1.5.7 level 17, window 4 MiB, TOC level 9",
             ),
         ];
         for (name, expected) in names {

@@ -79,7 +79,7 @@ pub(super) fn finish<W: Write>(
     if let Some(offset) = toc_offset {
         note(annotations::TOC_OFFSET, offset.to_string());
     }
-    if let Some(compressor) = settings.coding.name(settings.shape == Shape::Estargz) {
+    if let Some(compressor) = settings.coding.name(true) {
         note(annotations::COMPRESSOR, compressor);
     }
     let file_ends = assembled.file_ends;

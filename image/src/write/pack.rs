@@ -27,7 +27,7 @@ pub(super) struct Batch {
     pub(super) pieces: Vec<Piece>,
     /// Files and parts of files in it, in the stream's order.
     pub(super) files: Vec<Part>,
-    /// Who waits for the digests of the files that are in this batch as a whole; for nobody if it has none.
+    /// Who waits for the digests of the files that are in this batch as a whole; `None` while it is filled.
     pub(super) digests: Option<Sender<Vec<Digest>>>,
 }
 
