@@ -1,5 +1,6 @@
 //! Whole files, with a queue that does not move: what reads wait for must not be in it.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use oci_spec::image::{Descriptor, MediaType, Sha256Digest};
@@ -33,6 +34,15 @@ impl Drop for Bench {
 }
 
 impl Bench {
+    /// Nothing of this name can become an object until the second path is renamed to the first.
+    fn take_shard_away(&self, digest: &Digest) -> (PathBuf, PathBuf) {
+        let path = self.engine.store.object_path(digest);
+        let shard = path.parent().unwrap().to_owned();
+        let away = shard.with_extension("away");
+        std::fs::rename(&shard, &away).unwrap();
+        (shard, away)
+    }
+
     fn new() -> Self {
         let directory = tempfile::tempdir().unwrap();
         let store = Store::open(&directory.path().join("store")).unwrap();
@@ -198,16 +208,7 @@ fn a_file_that_the_disk_did_not_take_is_tried_again() {
             other_way[1].digest = Digest::EMPTY;
             bench.register(digest, other_way);
         }
-        // Nothing can be named there.
-        let shard = bench
-            .engine
-            .store
-            .object_path(&digest)
-            .parent()
-            .unwrap()
-            .to_owned();
-        let away = shard.with_extension("away");
-        std::fs::rename(&shard, &away).unwrap();
+        let (shard, away) = bench.take_shard_away(&digest);
         bench.bring(&layer, &bytes);
         eventually("the first attempt fails", || lock(&object.state).unkept);
         let read = is_read.then(|| bench.read(&object));
@@ -314,15 +315,7 @@ fn zeros_that_the_disk_does_not_take_fail_their_reads_only() {
     let size = 1 << 20;
     let digest = Digest::of_zeros(size);
     let (_, object) = bench.register(digest, zeros(digest, size));
-    let shard = bench
-        .engine
-        .store
-        .object_path(&digest)
-        .parent()
-        .unwrap()
-        .to_owned();
-    let away = shard.with_extension("away");
-    std::fs::rename(&shard, &away).unwrap();
+    let (shard, away) = bench.take_shard_away(&digest);
     let answer = bench.read(&object).recv_timeout(PATIENCE).unwrap();
     assert_eq!(answer.unwrap_err(), Errno::IO);
     std::fs::rename(&away, &shard).unwrap();
