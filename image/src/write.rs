@@ -32,6 +32,7 @@ mod finish;
 mod hashing;
 mod intake;
 pub mod order;
+mod outlet;
 mod pack;
 pub mod plain;
 mod pool;
@@ -39,6 +40,7 @@ mod record;
 mod rolling;
 mod sink;
 mod spool;
+mod tables;
 mod tape;
 mod toc;
 
@@ -54,6 +56,7 @@ use crate::tar::TarError;
 use assembly::Sequence;
 use coder::Coding;
 use order::{Missing, Order, Orphans, sort};
+use outlet::Spooled;
 use pool::WorkerLost;
 use spool::Spool;
 use toc::Shape;
@@ -340,33 +343,34 @@ where
         spool::MEMORY
     };
     let spool = Spool::new(spool, memory).map_err(WriteError::Spool)?;
-    let intake = intake::run(input, spool, settings)?;
-    let count = intake.names.len();
+    let (mut spooled, hashed) = intake::run(input, Spooled::new(spool), settings)?;
+    let found = spooled.take_places(settings.landmark().is_some())?;
+    let count = spooled.names.len();
     let order = if settings.keeps_diff_id {
         Order {
             rest: (0..count).collect(),
             ..Order::default()
         }
     } else {
-        sort(&intake.names, &options.prioritized, options.orphans)
+        sort(&spooled.names, &options.prioritized, options.orphans)
     };
-    drop(intake.names);
+    drop(spooled.names);
     let places = |indices: &[usize]| -> Vec<_> {
-        let place = |index: &usize| intake.places.get(*index).copied();
+        let place = |index: &usize| found.entries.get(*index).copied();
         indices.iter().filter_map(place).collect()
     };
     let (first, mut rest) = (places(&order.first), places(&order.rest));
     let entries = first.len() + rest.len();
-    rest.extend_from_slice(&intake.trailer);
+    rest.extend_from_slice(&found.trailer);
     let missing = order.missing;
-    drop((order.first, order.rest, intake.places));
+    drop((order.first, order.rest, found.entries));
     let sequence = Sequence {
         first: &first,
-        landmark: intake.landmark,
+        landmark: found.landmark,
         rest: &rest,
-        hashed: intake.hashed.filter(|_| first.is_empty() && entries == count),
+        hashed: hashed.filter(|_| first.is_empty() && entries == count),
     };
-    let spool = intake.spool.rewind().map_err(WriteError::Spool)?;
+    let spool = spooled.spool.rewind().map_err(WriteError::Spool)?;
     let assembled = assembly::run(spool, output, settings, sequence)?;
     let mut written = finish::finish(assembled, settings, !first.is_empty())?;
     written.not_found = missing;

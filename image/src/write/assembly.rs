@@ -1,7 +1,7 @@
 //! The second half of the writer: puts what was spooled in its final order, adds TOC and footer, and hashes the blob and,
 //! where entries have moved, the tar stream inside it.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::VecDeque;
 use std::io::{self, Read, Seek, Write};
 use std::thread::{self, ScopedJoinHandle};
 
@@ -13,12 +13,12 @@ use super::coder::{Coder, Undo};
 use super::pack::{ROOM_MAX, each_zeros};
 use super::pool::Pool;
 use super::record::{Chunk, Entry, Record};
-use super::sink::{self, Message, Toc};
+use super::sink::{self, Toc};
 use super::spool::{Place, SpoolReader};
-use super::toc::{Placed, Renderer};
+use super::tables::{self, Marks, Role, Tables};
+use super::toc::Placed;
 use super::{Settings, WriteError};
 use crate::digest::{Digest, Hasher};
-use crate::path::EntryPath;
 use crate::tar::write::padding;
 
 /// Pieces go to the workers together, up to this many bytes.
@@ -33,10 +33,7 @@ pub(super) struct Assembled<W> {
     pub(super) toc: Toc,
     /// Hash and length of the tar stream.
     pub(super) tar: (Hasher, u64),
-    /// Offset of the landmark's content.
-    pub(super) landmark: Option<u64>,
-    /// Where the content of each prioritized file ends.
-    pub(super) file_ends: HashMap<EntryPath, u64>,
+    pub(super) marks: Marks,
 }
 
 /// The records in their final order.
@@ -131,35 +128,28 @@ where
             shared: Vec::new(),
             shared_end: 0,
             waiting: VecDeque::new(),
-            renderer: Renderer::new(settings.shape, settings.chunk_size()),
-            messages,
-            gap: Vec::new(),
+            tables: Tables::new(settings, messages),
             unwritten,
             blob_size: 0,
             unhashed,
-            landmark: None,
-            file_ends: HashMap::new(),
         };
         let outcome = assembly.add_all(&sequence);
         let Assembly {
             unwritten,
-            messages,
+            tables,
             unhashed,
-            landmark,
-            file_ends,
             ..
         } = assembly;
-        drop((unwritten, messages, unhashed));
+        let marks = outcome.and_then(|()| tables.finish());
+        drop((unwritten, unhashed));
         // An error of these threads is why others cannot reach them.
         let blob = blob.join().map_err(|_| WriteError::ThreadLost)??;
         let toc = toc.join().map_err(|_| WriteError::ThreadLost)??;
-        outcome?;
         Ok(Assembled {
             blob,
             toc,
             tar: tar_hash(sequence.hashed, hasher)?,
-            landmark,
-            file_ends,
+            marks: marks?,
         })
     })
 }
@@ -271,13 +261,6 @@ fn finish_pieces(
     Ok(finished)
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Role {
-    Prioritized,
-    Landmark,
-    Other,
-}
-
 /// An entry some of whose chunks have no place yet.
 struct Waiting {
     entry: Box<Entry>,
@@ -299,16 +282,11 @@ struct Assembly<'s, S> {
     shared: Vec<usize>,
     shared_end: usize,
     waiting: VecDeque<Waiting>,
-    renderer: Renderer,
-    messages: Sender<Message>,
-    /// Bytes of the tar stream for the next segment of the tar-split data.
-    gap: Vec<u8>,
+    tables: Tables,
     unwritten: Sender<Vec<u8>>,
     /// Bytes of the blob so far.
     blob_size: u64,
     unhashed: Option<Sender<Vec<Stretch>>>,
-    landmark: Option<u64>,
-    file_ends: HashMap<EntryPath, u64>,
 }
 
 impl<S: Read + Seek> Assembly<'_, S> {
@@ -328,21 +306,17 @@ impl<S: Read + Seek> Assembly<'_, S> {
         if !self.waiting.is_empty() {
             return Err(WriteError::SpoolDamaged);
         }
-        self.end_gap()
+        Ok(())
     }
 
     fn add(&mut self, place: Place, role: Role) -> Result<(), WriteError> {
         let mut record = self.spool.read_record(place).map_err(WriteError::Spool)?;
-        let entry = record.describe()?;
-        if entry.as_ref().is_some_and(|entry| entry.is_regular()) && record.size == 0 {
-            record.digest = Some(Digest::EMPTY);
-        }
-        let headers = std::mem::take(&mut record.headers);
+        let entry = tables::describe(&mut record)?;
         let after = record.padding.take();
         let after = after.as_deref().unwrap_or_else(|| padding(record.size));
         let chunks = record.chunks.clone();
-        self.split(&headers, entry.as_deref(), &record, after)?;
-        self.headers.extend_from_slice(&headers);
+        self.tables.split(entry.as_deref(), &record, after)?;
+        self.headers.append(&mut record.headers);
         if let Some(entry) = entry {
             // First of all: the first chunks of a large file may be placed before its last ones are handed out.
             self.waiting.push_back(Waiting {
@@ -388,43 +362,6 @@ impl<S: Read + Seek> Assembly<'_, S> {
         self.headers.extend_from_slice(bytes);
         self.shared_end = self.headers.len();
         Ok(())
-    }
-
-    /// Tells the tar-split data of an entry.
-    fn split(
-        &mut self,
-        headers: &[u8],
-        entry: Option<&Entry>,
-        record: &Record,
-        after: &[u8],
-    ) -> Result<(), WriteError> {
-        if !self.settings.split_file {
-            return Ok(());
-        }
-        self.gap.extend_from_slice(headers);
-        if let Some(entry) = entry {
-            self.end_gap()?;
-            let message = Message::File {
-                name: entry.name.clone(),
-                size: record.size,
-                crc64: record.crc64,
-            };
-            self.messages.send(message).map_err(|_| WriteError::ThreadLost)?;
-        } else {
-            self.end_gap()?;
-        }
-        self.gap.extend_from_slice(after);
-        Ok(())
-    }
-
-    fn end_gap(&mut self) -> Result<(), WriteError> {
-        if self.gap.is_empty() {
-            return Ok(());
-        }
-        let gap = std::mem::take(&mut self.gap);
-        self.messages
-            .send(Message::Segment(gap))
-            .map_err(|_| WriteError::ThreadLost)
     }
 
     /// Ends the stream that is open.
@@ -489,19 +426,8 @@ impl<S: Read + Seek> Assembly<'_, S> {
     fn settle(&mut self) -> Result<(), WriteError> {
         let is_done = |waiting: &mut Waiting| waiting.places.len() == waiting.record.chunks.len();
         while let Some(done) = self.waiting.pop_front_if(is_done) {
-            match (done.role, done.places.first(), done.places.last()) {
-                (Role::Landmark, Some(first), _) => self.landmark = Some(first.offset),
-                (Role::Prioritized, _, Some(last)) => {
-                    if let Ok(path) = EntryPath::clean(done.entry.name.as_bytes()) {
-                        self.file_ends.insert(path, last.end);
-                    }
-                }
-                _ => {}
-            }
-            let json = self.renderer.render(&done.entry, &done.record, &done.places)?;
-            self.messages
-                .send(Message::Json(json))
-                .map_err(|_| WriteError::ThreadLost)?;
+            self.tables
+                .add(&done.entry, &done.record, &done.places, done.role)?;
         }
         Ok(())
     }

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::io::Write;
 
 use super::assembly::Assembled;
+use super::tables::Marks;
 use super::toc::Shape;
 use super::{Settings, WriteError, Written};
 use crate::digest::Digest;
@@ -82,8 +83,8 @@ pub(super) fn finish<W: Write>(
     if let Some(compressor) = settings.coding.name(true) {
         note(annotations::COMPRESSOR, compressor);
     }
-    let file_ends = assembled.file_ends;
-    let prefetch_end = match assembled.landmark {
+    let Marks { landmark, file_ends } = assembled.marks;
+    let prefetch_end = match landmark {
         Some(landmark) => Some(landmark).filter(|_| settings.prioritized),
         // Without a landmark only the annotation says it.
         None => file_ends.values().max().copied(),

@@ -1,20 +1,19 @@
-//! The first half of the writer: takes the tar stream apart, has the chunks compressed and hashed, and spools everything. On
-//! the way the stream is hashed that comes out if no entry moves.
+//! The first half of the writer: takes the tar stream apart, has the chunks compressed and hashed, and hands everything to an
+//! [`Outlet`], in the order of the input. On the way the stream is hashed that comes out if no entry moves.
 
 use std::collections::VecDeque;
-use std::io::{self, Read, Seek, Write};
+use std::io::{self, Read};
 use std::sync::Arc;
 use std::time::Duration;
 
 use crossbeam_channel::{Receiver, Sender, TryRecvError, bounded};
 
 use super::hashing::{self, Extent, Hashed, Part};
-use super::order::Names;
+use super::outlet::Outlet;
 use super::pack::{Batch, Packed, Packer, Piece, ROOM_MAX};
 use super::pool::Pool;
 use super::record::{Chunk, Entry, Record};
 use super::rolling::{Cut, Splitter};
-use super::spool::{Place, Spool};
 use super::tape::{self, Recording};
 use super::{Settings, Split, WriteError};
 use crate::digest::Digest;
@@ -41,35 +40,22 @@ const WAITING_HEADERS_MAX: usize = 4 << 20;
 /// Bytes after the end of the archive that are kept as one record.
 const TRAILER: usize = 1 << 20;
 
-/// What the first half leaves to the second.
-pub(super) struct Intake<S: Write> {
-    pub(super) spool: Spool<S>,
-    /// The entries, the landmark left out.
-    pub(super) names: Names,
-    /// The record of each entry.
-    pub(super) places: Vec<Place>,
-    pub(super) landmark: Option<Place>,
-    /// The records after the last entry.
-    pub(super) trailer: Vec<Place>,
-    /// The hash and the length of the stream, if it comes out as it was read; not known where files are to move anyway.
-    pub(super) hashed: Hashed,
-}
-
 /// An entry some of whose chunks are not compressed yet.
 struct Draft {
     record: Record,
-    /// Bytes of content that are spooled.
+    /// Bytes of content that the outlet has.
     covered: u64,
     /// Where the digest of a large file comes from.
     digest: Option<Receiver<Digest>>,
 }
 
-/// Reads all of `input` into the spool.
-pub(super) fn run<R, S>(input: R, spool: Spool<S>, settings: &Settings) -> Result<Intake<S>, WriteError>
-where
-    R: Read,
-    S: Read + Write + Seek,
-{
+/// Reads all of `input`. Beside the outlet: hash and length of the stream, if it comes out as it was read; not known where files
+/// are to move anyway.
+pub(super) fn run<R: Read, O: Outlet>(
+    input: R,
+    outlet: O,
+    settings: &Settings,
+) -> Result<(O, Hashed), WriteError> {
     std::thread::scope(|scope| {
         let (coding, is_shared, crc) = (settings.coding, settings.min_chunk_size > 0, settings.split_file);
         let worker = move || {
@@ -83,7 +69,7 @@ where
         let (unhashed, hasher) = hashing::start(scope, !settings.prioritized, settings.waiting())?;
         let mut intake = Running {
             settings,
-            spool,
+            outlet,
             pool,
             unhashed,
             batch: Batch::default(),
@@ -92,24 +78,18 @@ where
             drafts: VecDeque::new(),
             waiting_headers: 0,
             records: 0,
-            names: Names::default(),
-            places: Vec::new(),
         };
-        let landmark = intake.landmark()?;
+        intake.landmark()?;
         intake.read(input)?;
-        let entries = usize::from(landmark) + intake.names.len();
-        let mut spooled = intake.finish(entries)?;
-        if landmark {
-            spooled.landmark = Some(spooled.places.remove(0));
-        }
-        spooled.hashed = hasher.join().map_err(|_| WriteError::ThreadLost)?;
-        Ok(spooled)
+        let outlet = intake.finish()?;
+        let hashed = hasher.join().map_err(|_| WriteError::ThreadLost)?;
+        Ok((outlet, hashed))
     })
 }
 
-struct Running<'s, S: Write> {
+struct Running<'s, O> {
     settings: &'s Settings,
-    spool: Spool<S>,
+    outlet: O,
     pool: Pool<Arc<Batch>, io::Result<Packed>>,
     unhashed: Sender<Arc<Batch>>,
     batch: Batch,
@@ -117,22 +97,19 @@ struct Running<'s, S: Write> {
     rooms: Vec<Vec<u8>>,
     /// For each batch in the pool, where the digests of the whole files in it come from.
     digests: VecDeque<Receiver<Vec<Digest>>>,
-    /// Entries whose records are not spooled yet, in the input's order.
+    /// Entries whose records the outlet does not have yet, in the input's order.
     drafts: VecDeque<Draft>,
     /// Bytes of headers in them.
     waiting_headers: usize,
     /// Entries, chunks and attributes so far.
     records: usize,
-    names: Names,
-    /// The landmark's comes first, the trailer's last.
-    places: Vec<Place>,
 }
 
-impl<S: Read + Write + Seek> Running<'_, S> {
+impl<O: Outlet> Running<'_, O> {
     /// Adds the landmark as if it were an entry of the input. It has a name and nothing else.
-    fn landmark(&mut self) -> Result<bool, WriteError> {
+    fn landmark(&mut self) -> Result<(), WriteError> {
         let Some(name) = self.settings.landmark() else {
-            return Ok(false);
+            return Ok(());
         };
         let size = LANDMARK_CONTENT.len() as u64;
         let headers = encode_header(&NewEntry {
@@ -144,8 +121,7 @@ impl<S: Read + Write + Seek> Running<'_, S> {
         })?;
         self.begin(headers, About::Headers, size)?;
         self.read_content(size, &mut LANDMARK_CONTENT.as_slice(), name.as_bytes())?;
-        self.end(padding(size))?;
-        Ok(true)
+        self.end(padding(size))
     }
 
     fn read<R: Read>(&mut self, input: R) -> Result<(), WriteError> {
@@ -267,7 +243,7 @@ impl<S: Read + Write + Seek> Running<'_, S> {
             TarKind::Hardlink { target, .. } => Some(target),
             _ => None,
         };
-        self.names.push(&entry.path, link);
+        self.outlet.append_name(&entry.path, link)?;
         self.begin(headers, about, size)?;
         self.read_content(size, content, &entry.name)
     }
@@ -306,7 +282,7 @@ impl<S: Read + Write + Seek> Running<'_, S> {
         if self.batch.data.len() >= BATCH {
             self.send(self.batch.data.len())?;
         }
-        self.spool_complete(0, false)
+        self.pass_complete(0, false)
     }
 
     fn count(&mut self, records: usize) -> Result<(), WriteError> {
@@ -509,10 +485,10 @@ impl<S: Read + Write + Seek> Running<'_, S> {
     fn drain(&mut self) -> Result<(), WriteError> {
         self.send(self.batch.data.len())?;
         while self.collect()? {}
-        self.spool_complete(1, true)
+        self.pass_complete(1, true)
     }
 
-    /// Spools the oldest result of the pool; `false` if there is none.
+    /// Passes the oldest result of the pool on; `false` if there is none.
     fn collect(&mut self) -> Result<bool, WriteError> {
         let Some(packed) = self.pool.pop()? else {
             return Ok(false);
@@ -524,10 +500,10 @@ impl<S: Read + Write + Seek> Running<'_, S> {
             .map_err(|_| WriteError::ThreadLost)?
             .into_iter();
         let length = packed.data.len();
-        let mut at = self.spool.append(packed.data).map_err(WriteError::Spool)?;
+        let mut at = self.outlet.append(packed.data)?;
         for chunk in packed.chunks {
             // What comes before this chunk was handed out before it.
-            self.spool_complete(1, true)?;
+            self.pass_complete(1, true)?;
             let is_shared = packed.shared > 0;
             let stored = if is_shared { length } else { chunk.stored };
             if let Some(draft) = self.drafts.front_mut() {
@@ -560,13 +536,13 @@ impl<S: Read + Write + Seek> Running<'_, S> {
                 self.rooms.push(room);
             }
         }
-        self.spool_complete(1, false)?;
+        self.pass_complete(1, false)?;
         Ok(true)
     }
 
-    /// Spools the records of the entries at the front that miss nothing any more. The last `open` of them may still get
+    /// Passes on the records of the entries at the front that miss nothing any more. The last `open` of them may still get
     /// their padding. `waits`: for digests too, all of which must be under way.
-    fn spool_complete(&mut self, open: usize, waits: bool) -> Result<(), WriteError> {
+    fn pass_complete(&mut self, open: usize, waits: bool) -> Result<(), WriteError> {
         while self.drafts.len() > open
             && let Some(draft) = self.drafts.front_mut()
             && draft.covered == draft.record.size
@@ -585,33 +561,21 @@ impl<S: Read + Write + Seek> Running<'_, S> {
                     chunk.digest = digest;
                 }
             }
-            self.waiting_headers -= draft.record.headers.len();
-            let place = self
-                .spool
-                .append_record(&mut draft.record)
-                .map_err(WriteError::Spool)?;
-            self.places.push(place);
+            let record = std::mem::take(&mut draft.record);
             self.drafts.pop_front();
+            self.waiting_headers -= record.headers.len();
+            self.outlet.append_record(record)?;
         }
         Ok(())
     }
 
-    /// The first `entries` of the places are those of entries.
-    fn finish(mut self, entries: usize) -> Result<Intake<S>, WriteError> {
+    fn finish(mut self) -> Result<O, WriteError> {
         self.drain()?;
-        self.spool_complete(0, true)?;
-        if !self.drafts.is_empty() || self.places.len() < entries {
+        self.pass_complete(0, true)?;
+        if !self.drafts.is_empty() {
             return Err(WriteError::ThreadLost);
         }
-        let trailer = self.places.split_off(entries);
-        Ok(Intake {
-            spool: self.spool,
-            names: self.names,
-            places: self.places,
-            landmark: None,
-            trailer,
-            hashed: None,
-        })
+        Ok(self.outlet)
     }
 }
 
