@@ -11,7 +11,7 @@ use peel_image::estargz::{extract_toc, is_reserved, locate, read_index};
 use peel_image::layer::LayerIndex;
 use peel_image::tar::index::index_tar;
 use peel_image::tree::{InodeKind, Tree};
-use peel_image::write::{Dialect, Format, Options, WriteError, Written, write};
+use peel_image::write::{Dialect, Duplicates, Format, Options, WriteError, Written, write};
 use peel_image::{Digest, annotations, tar_split};
 
 /// The tree as far as every format keeps it: names, types, contents. Times lose their fractions in a TOC, and the format's own
@@ -116,6 +116,23 @@ fn zstd_of(data: &[u8]) -> Vec<u8> {
     out
 }
 
+/// Where no entry moves or is left out, the blob is the same without the spool.
+fn check_straight(tar: &[u8], options: &Options) {
+    let spooled = Options {
+        prioritized: Vec::new(),
+        ..options.clone()
+    };
+    let straight = Options {
+        duplicates: Duplicates::Refuse,
+        ..spooled.clone()
+    };
+    let write = |options| write(tar, Cursor::new(Vec::new()), std::io::sink(), options);
+    match (write(&straight), write(&spooled)) {
+        (Err(WriteError::Duplicate { .. }), Ok(written)) => assert!(written.dropped > 0),
+        (straight, spooled) => assert_eq!(straight.ok(), spooled.ok()),
+    }
+}
+
 fuzz_target!(|input: (u8, &[u8])| {
     let (selector, tar) = input;
     let tar = with_checksums(tar);
@@ -148,6 +165,7 @@ fuzz_target!(|input: (u8, &[u8])| {
         (written.blob_digest, written.blob_size),
         (Digest::of(&blob), blob.len() as u64)
     );
+    check_straight(tar, &options);
     let mut unpacked = Vec::new();
     let (_, mut stream) = decoder(Cursor::new(blob.clone()), Guard::default()).expect("our own blob");
     stream.read_to_end(&mut unpacked).expect("our own blob");

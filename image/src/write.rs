@@ -2,14 +2,16 @@
 //! several cores. Called by `peel convert` and `peel optimize`, and by tests that need layers.
 //!
 //! ```text
-//! write -> intake:    tar entries; chunks -> pool (compress, hash) -> spool;   order of the entries is open
+//! write -> intake:    tar entries; chunks -> pool (compress, hash) -> outlet
+//!          straight:  output;   TOC, tar-split, DiffID, blob digest               no entry moves, none is left out
+//!          spooled:   spool                                                       the order of the entries is open
 //!       -> order      prioritized files first, duplicates dropped
 //!       -> assembly:  spool -> pool (compress headers) -> output;   TOC, tar-split, DiffID, blob digest
 //! ```
 //!
 //! Every chunk is a gzip member or zstd frame of its own, so it can be compressed before its place is known; the headers
 //! between chunks make up further streams. (Where chunks share streams, `min_chunk_size`, they are compressed once more when
-//! the order is known.) Work is cut by content alone and put together in the input's order, and streams carry no time: the
+//! the order is known.) Either way the blob has the same bytes: headers are cut into streams by their content alone. Work is cut by content alone and put together in the input's order, and streams carry no time: the
 //! output is the same bytes for the same input and options, whatever the number of threads. Headers are copied byte for byte
 //! wherever they mean the same at another place.
 //!
@@ -20,7 +22,7 @@
 //! | zstd:chunked (Podman) | kept byte for byte, unless files move, or paths occur twice (the last one stays), or an entry means something else to Podman (GNU sparse files, global PAX headers, volume labels): such entries get new headers |
 //! | gzip, zstd, plain | kept byte for byte, but for TOC and landmarks of an eStargz layer: [`mod@plain`] |
 //!
-//! Memory is bounded by the work in flight (below 100 MiB), the first 64 MiB of the spool (none of it with chunks above
+//! Memory is bounded by the work in flight (below 100 MiB), where there is a spool by the first 64 MiB of the spool (none of it with chunks above
 //! 4 MiB), about 80 bytes per entry beside its path and as much again while the order is made, and the compressed TOC: with a
 //! million entries below 256 MiB. The spool holds the compressed chunks and, compressed many at a time, the headers: less than
 //! the blob.
@@ -40,6 +42,7 @@ mod record;
 mod rolling;
 mod sink;
 mod spool;
+mod straight;
 mod tables;
 mod tape;
 mod toc;
@@ -75,6 +78,8 @@ pub const DEFAULT_GZIP_LEVEL: i32 = 7;
 pub const DEFAULT_ZSTD_LEVEL: i32 = 3;
 /// Highest level of a TOC in zstd:chunked: above it a stream of unknown length takes up to 500 MB of memory.
 const TOC_LEVEL_MAX: i32 = 9;
+/// Headers of entries without content share a stream up to this size in bytes, so that memory stays bounded.
+const HEADERS_PER_STREAM: usize = 1 << 20;
 /// Most threads where chunks are large: fewer of those are in flight.
 const LARGE_CHUNK_THREADS_MAX: usize = 8;
 /// Most threads: beyond that the one that reads the input is the bottleneck, and each has buffers for a chunk.
@@ -89,8 +94,22 @@ pub struct Options {
     pub prioritized: Vec<Vec<u8>>,
     /// Whether prioritized files move although the layer has no entries for their parent directories.
     pub orphans: Orphans,
+    /// What becomes of entries whose path occurs again.
+    pub duplicates: Duplicates,
     /// Threads that compress; 0 for one per core. The output does not depend on it.
     pub threads: usize,
+}
+
+/// What becomes of entries of formats with a TOC whose path occurs again, but for `keep_diff_id`, which keeps them. The bytes of a blob
+/// do not depend on it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Duplicates {
+    /// All but the last one are left out. Nothing comes out before the input has ended.
+    #[default]
+    Drop,
+    /// The first one is an error, [`WriteError::Duplicate`], if no files are prioritized and chunks share no streams. The blob comes
+    /// out while the input is read then, and nothing is spooled. A caller that has the input once more begins again.
+    Refuse,
 }
 
 /// The format of a blob.
@@ -255,6 +274,12 @@ pub enum WriteError {
     /// An entry's TOC cannot be written as JSON.
     #[error("the TOC cannot be written as JSON")]
     Json(#[from] serde_json::Error),
+    /// An earlier entry has to be left out, which [`Duplicates::Refuse`] does not allow.
+    #[error("{entry:?} occurs twice in the layer")]
+    Duplicate {
+        /// The path.
+        entry: String,
+    },
     /// Readers would refuse the layer.
     #[error(
         "the layer has more than {RECORDS_MAX} entries, chunks and extended attributes; use a larger chunk size or fewer files"
@@ -319,12 +344,19 @@ where
         Format::Plain => plain::write(input, output, Coding::Plain, threads),
         Format::Estargz { .. } | Format::ZstdChunked { .. } => {
             let settings = Settings::new(options, threads)?;
+            let stays = settings.keeps_diff_id || options.duplicates == Duplicates::Refuse;
+            if stays && !settings.prioritized && settings.min_chunk_size == 0 {
+                let (assembled, entries) = straight::run(input, output, &settings)?;
+                let mut written = finish::finish(assembled, &settings, false)?;
+                written.entries = entries;
+                return Ok(written);
+            }
             chunked(input, spool, output, options, &settings)
         }
     }
 }
 
-/// Writes the formats that have a TOC.
+/// Writes the formats that have a TOC, through the spool.
 fn chunked<R, S, W>(
     input: R,
     spool: S,
@@ -343,7 +375,8 @@ where
         spool::MEMORY
     };
     let spool = Spool::new(spool, memory).map_err(WriteError::Spool)?;
-    let (mut spooled, hashed) = intake::run(input, Spooled::new(spool), settings)?;
+    let (mut spooled, hashed) =
+        intake::run(input, Spooled::new(spool, settings.min_chunk_size > 0), settings)?;
     let found = spooled.take_places(settings.landmark().is_some())?;
     let count = spooled.names.len();
     let order = if settings.keeps_diff_id {

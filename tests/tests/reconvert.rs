@@ -6,6 +6,7 @@ use std::fs;
 
 use peel::demo::registry::{Registry, RequestRecord};
 use peel_image::Digest;
+use peel_image::write::{Dialect, Format};
 use peel_tests::image::{Layer, Tar, noise, push};
 use peel_tests::service::DockerRegistry;
 use peel_tests::world::{World, assert_expected, errors, vector};
@@ -166,6 +167,46 @@ fn layers_that_occur_twice_are_converted_once() {
     assert_eq!((reads(&some), reads(&empty)), (1, 1));
     assert_eq!(world.ok(&["cat", &target, "/e/f"]), "content");
     assert_eq!(how(&convert(&world, &[], &source, &target)), ["reused"; 6]);
+}
+
+#[test]
+fn a_layer_with_a_path_twice_is_begun_again() {
+    let world = World::new();
+    let registry = world.registry();
+    // Enough before the second entry that the first upload is under way.
+    let tar = Tar::new()
+        .dir("d/")
+        .file("d/f", b"old")
+        .file("large", &noise(1, 20 << 20))
+        .file("./d/f", b"new")
+        .finish();
+    let layer = Layer::plain(&tar);
+    let source = push(&registry, "path-twice", "v1", std::slice::from_ref(&layer));
+    let zstd = |dialect| Format::zstd_chunked(dialect);
+    for (flags, format) in [
+        ("--estargz --estargz-compression-level 7", Format::ESTARGZ),
+        ("--zstdchunked", zstd(Dialect::Podman)),
+        ("--zstdchunked --dialect stargz", zstd(Dialect::Stargz)),
+    ] {
+        let flags: Vec<&str> = flags.split_whitespace().collect();
+        let from = registry.log().len();
+        let to_registry = format!("{}/path-twice:new", registry.addr());
+        let to_layout = format!("oci:{}:new", world.path("layout").display());
+        for target in [&to_registry, &to_layout] {
+            let outcome = convert(&world, &flags, &source, target);
+            assert_eq!(how(&outcome), ["converted"]);
+            let made = outcome["images"][0]["layers"][0]["digest"].as_str().unwrap();
+            let expected = Layer::written(&tar, format).unwrap().digest().to_string();
+            assert_eq!(made, expected, "{flags:?}");
+            assert_eq!(world.ok(&["cat", target, "/d/f"]), "new");
+        }
+        let digest = layer.digest().to_string();
+        let reads = blob_traffic(&registry, from);
+        let reads = reads
+            .iter()
+            .filter(|request| request.method == "GET" && request.target.contains(&digest));
+        assert!(reads.count() >= 4, "{flags:?}");
+    }
 }
 
 #[test]

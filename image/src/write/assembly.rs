@@ -8,23 +8,21 @@ use std::thread::{self, ScopedJoinHandle};
 use bytes::Bytes;
 use crossbeam_channel::{Receiver, Sender, bounded};
 
-use super::blob::Blob;
+use super::blob::{self, Blob};
 use super::coder::{Coder, Undo};
-use super::pack::{ROOM_MAX, each_zeros};
+use super::pack::each_zeros;
 use super::pool::Pool;
 use super::record::{Chunk, Entry, Record};
 use super::sink::{self, Toc};
 use super::spool::{Place, SpoolReader};
 use super::tables::{self, Marks, Role, Tables};
 use super::toc::Placed;
-use super::{Settings, WriteError};
+use super::{HEADERS_PER_STREAM, Settings, WriteError};
 use crate::digest::{Digest, Hasher};
 use crate::tar::write::padding;
 
 /// Pieces go to the workers together, up to this many bytes.
 const BATCH: usize = 1 << 20;
-/// Headers of entries without content share a stream up to this size, so that memory stays bounded.
-const HEADERS_PER_STREAM: usize = 1 << 20;
 
 /// What is known when all is written.
 pub(super) struct Assembled<W> {
@@ -84,7 +82,7 @@ where
     thread::scope(|scope| {
         let coding = settings.coding;
         let needs_tar = sequence.hashed.is_none();
-        let (done, rooms) = bounded::<Vec<u8>>(settings.waiting());
+        let (unwritten, rooms, blob) = blob::start(scope, output, settings.waiting())?;
         let worker = move || {
             let mut tools = coding
                 .start()
@@ -113,11 +111,6 @@ where
         } else {
             (None, None)
         };
-        let (unwritten, buffers) = bounded::<Vec<u8>>(settings.waiting());
-        let blob = thread::Builder::new()
-            .name("layer-blob".to_owned())
-            .spawn_scoped(scope, move || write_blob(Blob::new(output), &buffers, &done))
-            .map_err(WriteError::Thread)?;
         let mut assembly = Assembly {
             settings,
             spool,
@@ -164,23 +157,6 @@ fn tar_hash(
         (None, Some(Ok(hashed))) => Ok(hashed),
         (None, _) => Err(WriteError::ThreadLost),
     }
-}
-
-/// `done` takes the buffers back: fresh memory costs more than what is copied into it.
-fn write_blob<W: Write>(
-    mut blob: Blob<W>,
-    buffers: &Receiver<Vec<u8>>,
-    done: &Sender<Vec<u8>>,
-) -> Result<Blob<W>, WriteError> {
-    for mut buffer in buffers {
-        blob.write(&buffer)?;
-        buffer.clear();
-        if buffer.capacity() <= ROOM_MAX {
-            // Enough of them are waiting already, or nobody wants them any more.
-            let _unwanted = done.try_send(buffer);
-        }
-    }
-    Ok(blob)
 }
 
 fn hash_stretches(stretches: Receiver<Vec<Stretch>>) -> (Hasher, u64) {

@@ -10,12 +10,12 @@ use crossbeam_channel::{Receiver, Sender, TryRecvError, bounded};
 
 use super::hashing::{self, Extent, Hashed, Part};
 use super::outlet::Outlet;
-use super::pack::{Batch, Packed, Packer, Piece, ROOM_MAX};
+use super::pack::{Batch, Packed, Packer, Packing, Piece, ROOM_MAX};
 use super::pool::Pool;
 use super::record::{Chunk, Entry, Record};
 use super::rolling::{Cut, Splitter};
 use super::tape::{self, Recording};
-use super::{Settings, Split, WriteError};
+use super::{HEADERS_PER_STREAM, Settings, Split, WriteError};
 use crate::digest::Digest;
 use crate::estargz::index::RECORDS_MAX;
 use crate::estargz::{LANDMARK_CONTENT, TOC_NAME, is_reserved};
@@ -57,9 +57,10 @@ pub(super) fn run<R: Read, O: Outlet>(
     settings: &Settings,
 ) -> Result<(O, Hashed), WriteError> {
     std::thread::scope(|scope| {
-        let (coding, is_shared, crc) = (settings.coding, settings.min_chunk_size > 0, settings.split_file);
+        let (coding, crc, packing) = (settings.coding, settings.split_file, outlet.packing());
+        let is_stream = matches!(packing, Packing::Stream(_));
         let worker = move || {
-            let mut packer = Packer::new(coding, is_shared, crc);
+            let mut packer = Packer::new(coding, packing.clone(), crc);
             move |batch: Arc<Batch>| match &mut packer {
                 Ok(packer) => packer.pack(batch),
                 Err(error) => Err(io::Error::new(error.kind(), error.to_string())),
@@ -70,6 +71,7 @@ pub(super) fn run<R: Read, O: Outlet>(
         let mut intake = Running {
             settings,
             outlet,
+            is_stream,
             pool,
             unhashed,
             batch: Batch::default(),
@@ -90,6 +92,8 @@ pub(super) fn run<R: Read, O: Outlet>(
 struct Running<'s, O> {
     settings: &'s Settings,
     outlet: O,
+    /// What stands between chunks goes through the pool too, and is cut as the assembly would cut it: not where batches end.
+    is_stream: bool,
     pool: Pool<Arc<Batch>, io::Result<Packed>>,
     unhashed: Sender<Arc<Batch>>,
     batch: Batch,
@@ -266,7 +270,12 @@ impl<O: Outlet> Running<'_, O> {
             digest: None,
         });
         if self.waiting_headers > WAITING_HEADERS_MAX {
-            self.drain()?;
+            self.send(if self.is_stream {
+                self.chunks_end()
+            } else {
+                self.batch.data.len()
+            })?;
+            self.collect_all()?;
         }
         Ok(())
     }
@@ -279,10 +288,18 @@ impl<O: Outlet> Running<'_, O> {
         {
             draft.record.padding = Some(padding.to_vec());
         }
-        if self.batch.data.len() >= BATCH {
-            self.send(self.batch.data.len())?;
+        let (length, chunks_end) = (self.batch.data.len(), self.chunks_end());
+        if !self.is_stream && length >= BATCH || length - chunks_end >= HEADERS_PER_STREAM {
+            self.send(length)?;
+        } else if length >= BATCH && !self.batch.pieces.is_empty() {
+            self.send(chunks_end)?;
         }
         self.pass_complete(0, false)
+    }
+
+    /// Where in the batch its last chunk ends.
+    fn chunks_end(&self) -> usize {
+        self.batch.pieces.last().map_or(0, |piece| piece.end)
     }
 
     fn count(&mut self, records: usize) -> Result<(), WriteError> {
@@ -469,7 +486,7 @@ impl<O: Outlet> Running<'_, O> {
     }
 
     fn push(&mut self, batch: Arc<Batch>, digests: Receiver<Vec<Digest>>) -> Result<(), WriteError> {
-        if batch.pieces.is_empty() {
+        if batch.pieces.is_empty() && !(self.is_stream && !batch.data.is_empty()) {
             return Ok(());
         }
         let weight = batch.data.len() * 2;
@@ -482,8 +499,7 @@ impl<O: Outlet> Running<'_, O> {
     }
 
     /// Waits for everything that was handed out so far.
-    fn drain(&mut self) -> Result<(), WriteError> {
-        self.send(self.batch.data.len())?;
+    fn collect_all(&mut self) -> Result<(), WriteError> {
         while self.collect()? {}
         self.pass_complete(1, true)
     }
@@ -500,12 +516,11 @@ impl<O: Outlet> Running<'_, O> {
             .map_err(|_| WriteError::ThreadLost)?
             .into_iter();
         let length = packed.data.len();
-        let mut at = self.outlet.append(packed.data)?;
+        let start = self.outlet.append(packed.data)?;
         for chunk in packed.chunks {
             // What comes before this chunk was handed out before it.
             self.pass_complete(1, true)?;
             let is_shared = packed.shared > 0;
-            let stored = if is_shared { length } else { chunk.stored };
             if let Some(draft) = self.drafts.front_mut() {
                 draft.covered += chunk.size;
                 if let Some(crc64) = chunk.file {
@@ -517,14 +532,15 @@ impl<O: Outlet> Running<'_, O> {
                     // Where it is hashed elsewhere, it is that of the file; a large one's comes before the record is complete.
                     digest: chunk.digest.or(draft.record.digest).unwrap_or(Digest::EMPTY),
                     is_hole: chunk.is_hole,
-                    at,
-                    stored,
-                    inner: if is_shared { chunk.stored } else { 0 },
+                    at: if is_shared {
+                        start
+                    } else {
+                        start + chunk.place.start as u64
+                    },
+                    stored: if is_shared { length } else { chunk.place.len() },
+                    inner: if is_shared { chunk.place.start } else { 0 },
                     shared: packed.shared,
                 });
-            }
-            if !is_shared {
-                at += stored as u64;
             }
         }
         if self.rooms.len() < ROOMS
@@ -570,7 +586,8 @@ impl<O: Outlet> Running<'_, O> {
     }
 
     fn finish(mut self) -> Result<O, WriteError> {
-        self.drain()?;
+        self.send(self.batch.data.len())?;
+        self.collect_all()?;
         self.pass_complete(0, true)?;
         if !self.drafts.is_empty() {
             return Err(WriteError::ThreadLost);

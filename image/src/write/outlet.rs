@@ -1,15 +1,20 @@
-//! Where the intake's results go, in the order of the input: into the spool, while the order of the entries is open.
+//! Where the intake's results go, in the order of the input: into the spool, while the order of the entries is open, or [straight
+//! into the blob](super::straight).
 
 use std::io::{Read, Seek, Write};
 
 use super::WriteError;
 use super::order::Names;
+use super::pack::Packing;
 use super::record::Record;
 use super::spool::{Place, Spool};
 use crate::path::EntryPath;
 
 /// Takes what the intake makes of a tar stream.
 pub(super) trait Outlet {
+    /// What the pool shall make of batches.
+    fn packing(&self) -> Packing;
+
     /// Takes the path of the next entry and, of a hard link, its target. What is no entry of the input has none.
     fn append_name(&mut self, path: &EntryPath, link: Option<&EntryPath>) -> Result<(), WriteError>;
 
@@ -22,6 +27,7 @@ pub(super) trait Outlet {
 
 /// Keeps everything until the order is known.
 pub(super) struct Spooled<S: Write> {
+    is_shared: bool,
     pub(super) spool: Spool<S>,
     /// The entries, the landmark left out.
     pub(super) names: Names,
@@ -39,9 +45,10 @@ pub(super) struct Places {
 }
 
 impl<S: Read + Write + Seek> Spooled<S> {
-    /// Nothing yet.
-    pub(super) fn new(spool: Spool<S>) -> Self {
+    /// Nothing yet. `is_shared`: chunks will share streams.
+    pub(super) fn new(spool: Spool<S>, is_shared: bool) -> Self {
         Self {
+            is_shared,
             spool,
             names: Names::default(),
             places: Vec::new(),
@@ -65,6 +72,14 @@ impl<S: Read + Write + Seek> Spooled<S> {
 }
 
 impl<S: Read + Write + Seek> Outlet for Spooled<S> {
+    fn packing(&self) -> Packing {
+        if self.is_shared {
+            Packing::Shared
+        } else {
+            Packing::Chunks
+        }
+    }
+
     fn append_name(&mut self, path: &EntryPath, link: Option<&EntryPath>) -> Result<(), WriteError> {
         self.names.push(path, link);
         Ok(())

@@ -1,9 +1,10 @@
 //! The work of the intake's threads: chunks compressed and hashed, batch by batch.
 
 use std::io;
+use std::ops::Range;
 use std::sync::Arc;
 
-use crossbeam_channel::Sender;
+use crossbeam_channel::{Receiver, Sender};
 
 use super::coder::{Coder, Coding, THREAD_ROOM_MAX};
 use super::hashing::Part;
@@ -45,9 +46,21 @@ pub(super) struct Piece {
     pub(super) is_hashed: bool,
 }
 
+/// What becomes of a batch.
+#[derive(Clone)]
+pub(super) enum Packing {
+    /// Its chunks, each compressed by itself.
+    Chunks,
+    /// Its chunks, compressed together, for the time being.
+    Shared,
+    /// All of it, in its order: each chunk, and what stands between two of them, compressed by itself. Buffers that may be used
+    /// again come from there.
+    Stream(Receiver<Vec<u8>>),
+}
+
 /// What became of a batch.
 pub(super) struct Packed {
-    /// Compressed chunks, one after the other.
+    /// Compressed bytes.
     pub(super) data: Vec<u8>,
     /// What was packed.
     pub(super) batch: Arc<Batch>,
@@ -58,8 +71,8 @@ pub(super) struct Packed {
 
 pub(super) struct PackedChunk {
     pub(super) size: u64,
-    /// Compressed bytes; where chunks are compressed together, the place in what they decompress to.
-    pub(super) stored: usize,
+    /// Where it is in the compressed bytes or, where chunks are compressed together, in what they decompress to.
+    pub(super) place: Range<usize>,
     /// `None` if it is hashed elsewhere.
     pub(super) digest: Option<Digest>,
     pub(super) is_hole: bool,
@@ -70,23 +83,22 @@ pub(super) struct PackedChunk {
 /// What a thread of the pool needs.
 pub(super) struct Packer {
     coder: Coder,
-    is_shared: bool,
+    packing: Packing,
     crc: bool,
     /// Room that is used again and again: what is kept of it has its own length.
     room: Vec<u8>,
 }
 
 impl Packer {
-    /// `is_shared`: the chunks of a batch are compressed together, for the time being. `crc`: files need their CRC.
-    pub(super) fn new(coding: Coding, is_shared: bool, crc: bool) -> io::Result<Self> {
-        let coding = if is_shared {
-            Coding::Zstd(SHARED_LEVEL)
-        } else {
-            coding
+    /// `crc`: files need their CRC.
+    pub(super) fn new(coding: Coding, packing: Packing, crc: bool) -> io::Result<Self> {
+        let coding = match packing {
+            Packing::Shared => Coding::Zstd(SHARED_LEVEL),
+            Packing::Chunks | Packing::Stream(_) => coding,
         };
         Ok(Self {
             coder: coding.start()?,
-            is_shared,
+            packing,
             crc,
             room: Vec::new(),
         })
@@ -94,9 +106,17 @@ impl Packer {
 
     pub(super) fn pack(&mut self, batch: Arc<Batch>) -> io::Result<Packed> {
         let mut chunks = Vec::with_capacity(batch.pieces.len());
-        let mut data = std::mem::take(&mut self.room);
+        let mut data = match &self.packing {
+            Packing::Stream(rooms) => rooms.try_recv().unwrap_or_default(),
+            Packing::Chunks | Packing::Shared => std::mem::take(&mut self.room),
+        };
         data.clear();
+        let (is_shared, is_stream) = (
+            matches!(self.packing, Packing::Shared),
+            matches!(self.packing, Packing::Stream(_)),
+        );
         let mut together = Vec::new();
+        let mut at = 0;
         let mut digests = digests(&batch).into_iter();
         let mut next_digest = || {
             digests
@@ -105,11 +125,15 @@ impl Packer {
         };
         for piece in &batch.pieces {
             let bytes = batch.data.get(piece.start..piece.end).unwrap_or_default();
-            let start = data.len();
+            if is_stream {
+                self.between(&batch, at..piece.start, &mut data)?;
+                at = piece.end;
+            }
+            let start = if is_shared { together.len() } else { data.len() };
             let digest = if piece.zeros > 0 {
                 Some(self.zeros(piece.zeros, &mut data)?)
             } else {
-                if self.is_shared {
+                if is_shared {
                     together.extend_from_slice(bytes);
                 } else {
                     self.coder.append(bytes, &mut data)?;
@@ -130,20 +154,21 @@ impl Packer {
                 } else {
                     bytes.len() as u64
                 },
-                stored: if self.is_shared {
-                    together.len() - bytes.len()
-                } else {
-                    data.len() - start
-                },
+                place: start..if is_shared { together.len() } else { data.len() },
                 digest,
                 is_hole: piece.zeros > 0,
                 file,
             });
         }
-        if self.is_shared {
+        if is_shared {
             self.coder.append(&together, &mut data)?;
         }
-        let data = if data.capacity() <= THREAD_ROOM_MAX {
+        if is_stream {
+            self.between(&batch, at..batch.data.len(), &mut data)?;
+        }
+        let data = if is_stream {
+            data
+        } else if data.capacity() <= THREAD_ROOM_MAX {
             let copy = data.as_slice().to_vec();
             self.room = data;
             copy
@@ -157,6 +182,14 @@ impl Packer {
             chunks,
             shared: together.len(),
         })
+    }
+
+    /// Appends what stands between two chunks.
+    fn between(&mut self, batch: &Batch, place: Range<usize>, out: &mut Vec<u8>) -> io::Result<()> {
+        match batch.data.get(place) {
+            Some(bytes) if !bytes.is_empty() => self.coder.append(bytes, out),
+            _ => Ok(()),
+        }
     }
 
     /// Appends a hole and hashes it.

@@ -79,10 +79,23 @@ fn options_of(format: Format) -> Options {
     }
 }
 
+/// A blob that went through the spool. Where that was not needed, it must be the same without.
 fn convert(tar: &[u8], options: &Options) -> (Vec<u8>, Written) {
     let mut blob = Vec::new();
     let written = write(tar, tempfile::tempfile().unwrap(), &mut blob, options).unwrap();
+    let mut again = Vec::new();
+    match write(tar, tempfile::tempfile().unwrap(), &mut again, &refusing(options)) {
+        Err(WriteError::Duplicate { entry }) => assert!(written.dropped > 0, "{entry}"),
+        outcome => assert_eq!((again == blob, &outcome.unwrap()), (true, &written)),
+    }
     (blob, written)
+}
+
+fn refusing(options: &Options) -> Options {
+    Options {
+        duplicates: Duplicates::Refuse,
+        ..options.clone()
+    }
 }
 
 fn inflate(blob: &[u8]) -> Vec<u8> {

@@ -11,7 +11,7 @@ use oci_spec::image::Descriptor;
 use peel_image::layer::Encoding;
 use peel_image::path::EntryPath;
 use peel_image::write::order::Orphans;
-use peel_image::write::{Dialect, Format, Options, Written};
+use peel_image::write::{Dialect, Duplicates, Format, Options, WriteError, Written};
 use peel_image::{Digest, annotations, media};
 use peel_registry::{Blob, BlobUpload, Source, Target, TocImage, Upload};
 use tokio::runtime::Handle;
@@ -51,6 +51,8 @@ impl Job {
             prioritized: self.first.iter().map(|path| path.as_bytes().to_vec()).collect(),
             // Many builders leave parent directories out of upper layers; their files must come first all the same.
             orphans: Orphans::Move,
+            // So that the layer is sent while it is read; the few that have some are read again.
+            duplicates: Duplicates::Refuse,
             threads: settings.threads,
         }
     }
@@ -132,7 +134,7 @@ impl Shared<'_> {
         {
             return self.keep(&blob, job, encoding, annotations).await;
         }
-        let options = job.options(self.settings);
+        let mut options = job.options(self.settings);
         let recipe = earlier::recipe(&options, job.plan);
         if job.again
             && let Some(made) = self.earlier.layer(blob.digest(), recipe)
@@ -154,12 +156,18 @@ impl Shared<'_> {
                 error.downcast_ref(),
                 Some(peel_registry::Error::UploadLost { .. })
             );
-            if !lost || restarts >= RESTARTS {
+            let twice = matches!(error.downcast_ref(), Some(WriteError::Duplicate { .. }));
+            if !twice && (!lost || restarts >= RESTARTS) {
                 return Err(error);
             }
-            restarts += 1;
             self.progress
                 .fetch_sub(counted.load(Ordering::Relaxed), Ordering::Relaxed);
+            if twice {
+                tracing::debug!(layer = %blob.digest(), "{error}; reading the layer again");
+                options.duplicates = Duplicates::Drop;
+                continue;
+            }
+            restarts += 1;
             tracing::warn!(
                 layer = %blob.digest(),
                 "{error}; converting the layer again ({restarts} of at most {RESTARTS} times)"

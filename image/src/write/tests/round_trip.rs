@@ -6,6 +6,7 @@ use super::*;
 #[test]
 fn a_hole_as_long_as_a_layer_takes_no_room() {
     /// Headers, zeros without end, and the rest.
+    #[derive(Clone)]
     struct Zeros {
         before: std::io::Cursor<Vec<u8>>,
         zeros: u64,
@@ -44,7 +45,11 @@ fn a_hole_as_long_as_a_layer_takes_no_room() {
         after: std::io::Cursor::new(after),
     };
     let mut blob = Vec::new();
-    let written = write(input, tempfile::tempfile().unwrap(), &mut blob, &podman()).unwrap();
+    let written = write(input.clone(), tempfile::tempfile().unwrap(), &mut blob, &podman()).unwrap();
+    let mut straight = Vec::new();
+    let options = refusing(&podman());
+    let again = write(input, tempfile::tempfile().unwrap(), &mut straight, &options).unwrap();
+    assert_eq!((straight == blob, again), (true, written.clone()));
     assert!(blob.len() < 100_000, "{}", blob.len());
     let (toc, _) = open_podman(&blob, &written.annotations);
     assert_eq!(toc["entries"][0]["chunkType"], "zeros");
@@ -150,7 +155,7 @@ fn a_toc_that_no_reader_would_take_is_an_error() {
     let headers: Vec<u8> = (0..count)
         .flat_map(|number| header(&number.to_string()))
         .collect();
-    for options in [podman(), Options::default()] {
+    for options in [podman(), refusing(&podman()), Options::default()] {
         let outcome = write(
             headers.as_slice(),
             tempfile::tempfile().unwrap(),
@@ -158,5 +163,56 @@ fn a_toc_that_no_reader_would_take_is_an_error() {
             &options,
         );
         assert!(matches!(outcome, Err(WriteError::TocTooLarge)), "{outcome:?}");
+    }
+}
+
+/// Runs of headers that are cut, headers that are too many to wait, chunks that end batches, and holes.
+#[test]
+fn a_blob_that_needs_no_spool_is_the_same() {
+    let noise = |length: usize, seed: u32| -> Vec<u8> {
+        (0..length)
+            .map(|at| (u32::try_from(at).unwrap().wrapping_mul(2_654_435_761 ^ seed) >> 13).to_le_bytes()[0])
+            .collect()
+    };
+    let with_attributes = |index: u32| {
+        let mut metadata = metadata(0o600);
+        let name = format!("user.{index}").into_bytes().into_boxed_slice();
+        metadata.xattrs.insert(name, vec![b'x'; 60_000].into());
+        metadata
+    };
+    let mut tar = Vec::new();
+    for index in 0..9000_u32 {
+        let (metadata, content) = match index {
+            0..3000 => (metadata(0o644), Vec::new()),
+            3000..3100 => (with_attributes(index), noise(700, index)),
+            3100..3150 => (with_attributes(index), Vec::new()),
+            3150..3155 => (
+                metadata(0o644),
+                [vec![0; 300_000], noise(900_000, index)].concat(),
+            ),
+            3155..3160 => (metadata(0o644), noise(5 << 20, index)),
+            _ => (
+                metadata(0o644),
+                noise(usize::try_from(index % 7 * 311).unwrap(), index),
+            ),
+        };
+        let header = tar::write::encode_header(&tar::write::NewEntry {
+            name: format!("d/{index}").as_bytes(),
+            metadata: &metadata,
+            kind: &TarKind::Regular {
+                size: content.len() as u64,
+            },
+            user_name: b"",
+            group_name: b"",
+        });
+        tar.extend(header.unwrap());
+        tar.extend_from_slice(&content);
+        tar.resize(tar.len().next_multiple_of(512), 0);
+    }
+    tar.resize(tar.len() + (3 << 20), 0);
+    let stargz = options_of(Format::zstd_chunked(Dialect::Stargz));
+    for options in [podman(), stargz, options_of(estargz(100_000, 1))] {
+        let (_, written) = convert(&tar, &options);
+        assert_eq!((written.entries, written.dropped), (9000, 0));
     }
 }

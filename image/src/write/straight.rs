@@ -1,0 +1,133 @@
+//! A blob whose entries stay in the order of the input: it comes out while the input is read, and nothing is spooled.
+//!
+//! It has the same bytes as one that went through the spool. That entries stay is known beforehand but for one thing: of
+//! entries with the same path only the last one counts. The first such path is an error, after which the caller begins
+//! again through the spool; layers that have one are rare.
+
+use std::collections::HashSet;
+use std::hash::{BuildHasher, RandomState};
+use std::io::{Read, Write};
+use std::thread;
+
+use crossbeam_channel::{Receiver, Sender};
+
+use super::assembly::Assembled;
+use super::outlet::Outlet;
+use super::pack::Packing;
+use super::record::Record;
+use super::tables::{self, Role, Tables};
+use super::toc::Placed;
+use super::{Settings, WriteError, blob, intake, sink};
+use crate::path::EntryPath;
+use crate::tar::write::padding;
+
+/// Writes all but the TOC; beside that, the number of entries.
+pub(super) fn run<R, W>(input: R, output: W, settings: &Settings) -> Result<(Assembled<W>, u64), WriteError>
+where
+    R: Read,
+    W: Write + Send,
+{
+    thread::scope(|scope| {
+        let (messages, toc) = sink::start(scope, settings.shape, settings.toc_level)?;
+        let (unwritten, rooms, blob) = blob::start(scope, output, settings.waiting())?;
+        let outlet = Straight {
+            tables: Tables::new(settings, messages),
+            unwritten,
+            rooms,
+            size: 0,
+            seen: (!settings.keeps_diff_id).then(Seen::default),
+            entries: 0,
+            next: settings.landmark().map_or(Role::Other, |_| Role::Landmark),
+        };
+        // In any case this drops the outlet, and with it the channels that the threads wait for.
+        let outcome = intake::run(input, outlet, settings).and_then(|(outlet, hashed)| {
+            let tar = hashed.ok_or(WriteError::ThreadLost)?;
+            Ok((outlet.tables.finish()?, outlet.entries, tar))
+        });
+        // An error of these threads is why the intake cannot reach them.
+        let blob = blob.join().map_err(|_| WriteError::ThreadLost)??;
+        let toc = toc.join().map_err(|_| WriteError::ThreadLost)??;
+        let (marks, entries, tar) = outcome?;
+        let assembled = Assembled {
+            blob,
+            toc,
+            tar,
+            marks,
+        };
+        Ok((assembled, entries))
+    })
+}
+
+struct Straight {
+    tables: Tables,
+    unwritten: Sender<Vec<u8>>,
+    /// Buffers whose bytes were written.
+    rooms: Receiver<Vec<u8>>,
+    /// Bytes of the blob so far.
+    size: u64,
+    /// `None` where paths may occur twice.
+    seen: Option<Seen>,
+    entries: u64,
+    /// What the next entry is for.
+    next: Role,
+}
+
+impl Outlet for Straight {
+    fn packing(&self) -> Packing {
+        Packing::Stream(self.rooms.clone())
+    }
+
+    fn append_name(&mut self, path: &EntryPath, _: Option<&EntryPath>) -> Result<(), WriteError> {
+        self.entries += 1;
+        let is_new = self.seen.as_mut().is_none_or(|seen| seen.insert(path));
+        if is_new {
+            return Ok(());
+        }
+        Err(WriteError::Duplicate {
+            entry: path.to_string(),
+        })
+    }
+
+    fn append(&mut self, data: Vec<u8>) -> Result<u64, WriteError> {
+        let start = self.size;
+        self.size += data.len() as u64;
+        self.unwritten.send(data).map_err(|_| WriteError::ThreadLost)?;
+        Ok(start)
+    }
+
+    fn append_record(&mut self, mut record: Record) -> Result<(), WriteError> {
+        let entry = tables::describe(&mut record)?;
+        let after = record.padding.take();
+        let after = after.as_deref().unwrap_or_else(|| padding(record.size));
+        self.tables.split(entry.as_deref(), &record, after)?;
+        let Some(entry) = entry else {
+            return Ok(());
+        };
+        let places: Vec<Placed> = record
+            .chunks
+            .iter()
+            .map(|chunk| Placed {
+                offset: chunk.at,
+                inner: 0,
+                end: chunk.at + chunk.stored as u64,
+            })
+            .collect();
+        let role = std::mem::replace(&mut self.next, Role::Other);
+        self.tables.add(&entry, &record, &places, role)
+    }
+}
+
+/// The paths so far. Of each two hashes with keys of their own are kept, 16 bytes: no two paths of a layer have both in common.
+#[derive(Default)]
+struct Seen {
+    keys: [RandomState; 2],
+    hashes: HashSet<[u64; 2]>,
+}
+
+impl Seen {
+    /// `false` if it was there.
+    fn insert(&mut self, path: &EntryPath) -> bool {
+        let hashes = self.keys.each_ref().map(|key| key.hash_one(path.as_bytes()));
+        self.hashes.insert(hashes)
+    }
+}
