@@ -40,6 +40,7 @@ pub mod plain;
 mod pool;
 mod record;
 mod rolling;
+mod room;
 mod sink;
 mod spool;
 mod straight;

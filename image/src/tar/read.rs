@@ -88,6 +88,11 @@ impl<R: Read> Reader<R> {
         self.position
     }
 
+    /// Offset in the stream at which the stored content of the current entry ends.
+    pub(crate) fn content_end(&self) -> u64 {
+        self.position.saturating_add(self.remaining)
+    }
+
     /// The next entry, `None` at the end-of-archive marker or where the stream ends between entries.
     pub fn next_entry(&mut self) -> Result<Option<TarEntry>, TarError> {
         if self.end.is_some() {

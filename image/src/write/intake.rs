@@ -10,10 +10,11 @@ use crossbeam_channel::{Receiver, Sender, TryRecvError, bounded};
 
 use super::hashing::{self, Extent, Hashed, Part};
 use super::outlet::Outlet;
-use super::pack::{Batch, Packed, Packer, Packing, Piece, ROOM_MAX};
+use super::pack::{Batch, Packed, Packer, Packing, Piece};
 use super::pool::Pool;
 use super::record::{Chunk, Entry, Record};
 use super::rolling::{Cut, Splitter};
+use super::room::Room;
 use super::tape::{self, Recording};
 use super::{HEADERS_PER_STREAM, Settings, Split, WriteError};
 use crate::digest::Digest;
@@ -33,8 +34,8 @@ const BLOCK: usize = 128 << 10;
 /// How long the digest of a file may take of which every byte was handed out: far longer than it does. The channel cannot tell
 /// that the other thread is gone, since the other end lies in a batch.
 const HASHING: Duration = Duration::from_secs(120);
-/// Most batches whose memory is kept for others: fresh memory costs more than what is copied into it.
-const ROOMS: usize = 4;
+/// Most memory of batches that is kept for others, in bytes: fresh memory costs more than what is copied into it.
+const ROOMS_MAX: usize = 16 << 20;
 /// Most bytes of headers that wait for the chunks before them to be compressed.
 const WAITING_HEADERS_MAX: usize = 4 << 20;
 /// Bytes after the end of the archive that are kept as one record.
@@ -98,7 +99,7 @@ struct Running<'s, O> {
     unhashed: Sender<Arc<Batch>>,
     batch: Batch,
     /// Room of batches that are done, for those to come.
-    rooms: Vec<Vec<u8>>,
+    rooms: Vec<Room>,
     /// For each batch in the pool, where the digests of the whole files in it come from.
     digests: VecDeque<Receiver<Vec<Digest>>>,
     /// Entries whose records the outlet does not have yet, in the input's order.
@@ -152,9 +153,7 @@ impl<O: Outlet> Running<'_, O> {
                     return Err(WriteError::AlreadyEstargz);
                 }
                 if !self.settings.keeps_diff_id {
-                    let mut content = Taped(&mut reader, &mut recording);
-                    io::copy(&mut content, &mut io::sink())
-                        .map_err(|source| content_error(&entry.name, source))?;
+                    recording.skip(reader.content_end());
                     reader.end_entry()?;
                     recording.skip(reader.position());
                     continue;
@@ -165,7 +164,8 @@ impl<O: Outlet> Running<'_, O> {
             let name = entry.name.clone();
             let is_as_it_was = bytes == entry.raw_headers;
             let entry = self.exactly(entry, is_as_it_was)?;
-            self.add(entry, &mut Taped(&mut reader, &mut recording))?;
+            recording.skip(reader.content_end());
+            self.add(entry, &mut reader)?;
             let stored = reader.position() - start;
             reader.end_entry()?;
             bytes.clear();
@@ -320,8 +320,7 @@ impl<O: Outlet> Running<'_, O> {
         }
         let start = self.batch.data.len();
         let length = usize::try_from(size).map_err(|_| WriteError::ChunkSize(size))?;
-        self.batch.data.resize(start + length, 0);
-        let file = self.batch.data.get_mut(start..).unwrap_or_default();
+        let file = self.batch.data.grow(length);
         content
             .read_exact(file)
             .map_err(|source| content_error(name, source))?;
@@ -389,9 +388,7 @@ impl<O: Outlet> Running<'_, O> {
         let mut cuts = Vec::new();
         while rest > 0 {
             let length = usize::try_from(rest).map_or(BLOCK, |rest| rest.min(BLOCK));
-            let at = self.batch.data.len();
-            self.batch.data.resize(at + length, 0);
-            let block = self.batch.data.get_mut(at..).unwrap_or_default();
+            let block = self.batch.data.grow(length);
             content
                 .read_exact(block)
                 .map_err(|source| content_error(name, source))?;
@@ -438,7 +435,7 @@ impl<O: Outlet> Running<'_, O> {
                 .get(start..)
                 .map_or(0, |rest| rest.iter().take_while(|byte| **byte == 0).count())
                 .min(usize::try_from(zeros).unwrap_or(usize::MAX));
-            self.batch.data.drain(start..start + there);
+            self.batch.data.remove(start..start + there);
             self.batch.left_out.push((start, zeros));
         }
         self.batch.pieces.push(Piece {
@@ -461,7 +458,7 @@ impl<O: Outlet> Running<'_, O> {
             data: self
                 .rooms
                 .pop()
-                .unwrap_or_else(|| Vec::with_capacity(BATCH + BLOCK)),
+                .unwrap_or_else(|| Room::with_capacity(BATCH + BLOCK)),
             ..Batch::default()
         };
         next.data
@@ -495,6 +492,10 @@ impl<O: Outlet> Running<'_, O> {
         }
         self.pool.push(batch, weight)?;
         self.digests.push_back(digests);
+        // Soon, so that its memory can be used again.
+        while self.pool.is_ready() {
+            self.collect()?;
+        }
         Ok(())
     }
 
@@ -543,12 +544,11 @@ impl<O: Outlet> Running<'_, O> {
                 });
             }
         }
-        if self.rooms.len() < ROOMS
-            && let Some(batch) = Arc::into_inner(packed.batch)
-        {
+        if let Some(batch) = Arc::into_inner(packed.batch) {
             let mut room = batch.data;
-            room.clear();
-            if room.capacity() <= ROOM_MAX {
+            room.truncate(0);
+            let kept: usize = self.rooms.iter().map(Room::capacity).sum();
+            if kept + room.capacity() <= ROOMS_MAX {
                 self.rooms.push(room);
             }
         }
@@ -647,19 +647,6 @@ impl Cutter {
         if let Self::Rolling(splitter) = self {
             splitter.forget_pending();
         }
-    }
-}
-
-/// A content that is not recorded.
-struct Taped<'a, R>(&'a mut tar::Reader<R>, &'a mut Recording);
-
-impl<R: Read> Read for Taped<'_, R> {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        // No more than the recording holds.
-        let length = buffer.len().min(TRAILER);
-        let count = self.0.read(buffer.get_mut(..length).unwrap_or_default())?;
-        self.1.skip(self.0.position());
-        Ok(count)
     }
 }
 

@@ -8,6 +8,7 @@ use crossbeam_channel::{Receiver, Sender};
 
 use super::coder::{Coder, Coding, THREAD_ROOM_MAX};
 use super::hashing::Part;
+use super::room::Room;
 use crate::digest::{Digest, Hasher};
 use crate::tar_split::Crc64;
 
@@ -22,7 +23,7 @@ const SHARED_LEVEL: i32 = 3;
 #[derive(Debug, Default)]
 pub(super) struct Batch {
     /// The stream's bytes, headers and paddings included; zeros of long holes are left out.
-    pub(super) data: Vec<u8>,
+    pub(super) data: Room,
     /// Where in `data` zeros are left out, and how many.
     pub(super) left_out: Vec<(usize, u64)>,
     pub(super) pieces: Vec<Piece>,

@@ -79,6 +79,11 @@ impl<J: Send, O: Send> Pool<J, O> {
         Ok(())
     }
 
+    /// Whether the oldest job whose result was not taken is done.
+    pub(super) fn is_ready(&self) -> bool {
+        self.waiting.front().is_some_and(|(_, result)| !result.is_empty())
+    }
+
     /// Waits for the result of the oldest job whose result was not taken; `None` when there is none.
     pub(super) fn pop(&mut self) -> Result<Option<O>, WorkerLost> {
         let Some((weight, result)) = self.waiting.pop_front() else {

@@ -16,6 +16,8 @@ struct Recorded {
     taken: usize,
     /// Offset in the stream of the first byte that was not taken.
     offset: u64,
+    /// Up to this offset nobody wants the bytes that are still to be read.
+    unwanted_end: u64,
     failed: bool,
 }
 
@@ -50,13 +52,26 @@ impl<R: Read> Read for Tape<R> {
                 return Err(error);
             }
         };
-        if recorded.data.len() - recorded.taken + count > RECORDED_MAX {
+        let unwanted = recorded.unwanted(count);
+        recorded.offset += unwanted as u64;
+        if recorded.data.len() - recorded.taken + count - unwanted > RECORDED_MAX {
             return Err(io::Error::other("too many bytes between two tar entries"));
         }
         recorded
             .data
-            .extend_from_slice(buffer.get(..count).unwrap_or_default());
+            .extend_from_slice(buffer.get(unwanted..count).unwrap_or_default());
         Ok(count)
+    }
+}
+
+impl Recorded {
+    /// How many of the next `count` bytes nobody wants.
+    fn unwanted(&self, count: usize) -> usize {
+        if self.taken < self.data.len() {
+            return 0;
+        }
+        let unwanted = self.unwanted_end.saturating_sub(self.offset);
+        usize::try_from(unwanted).map_or(count, |unwanted| unwanted.min(count))
     }
 }
 
@@ -66,9 +81,11 @@ impl Recording {
         self.with(offset, |data| out.extend_from_slice(data));
     }
 
-    /// Forgets the bytes before `offset`.
+    /// Forgets the bytes before `offset`, those that are still to be read too.
     pub(super) fn skip(&mut self, offset: u64) {
         self.with(offset, |_| ());
+        let mut recorded = self.0.borrow_mut();
+        recorded.unwanted_end = recorded.unwanted_end.max(offset);
     }
 
     /// Whether reading the stream itself failed.
@@ -119,6 +136,12 @@ mod tests {
         out.clear();
         recording.take(position as u64 + 5000, &mut out);
         assert_eq!(out, data[position + 3000..position + 5000]);
+        position += 5000;
+        recording.skip(position as u64 + 20_000);
+        reader.read_exact(&mut [0; 20_100]).unwrap();
+        out.clear();
+        recording.take(position as u64 + 20_100, &mut out);
+        assert_eq!(out, data[position + 20_000..position + 20_100]);
         assert!(!recording.failed());
     }
 }
