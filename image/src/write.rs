@@ -77,8 +77,6 @@ pub const MAX_CHUNK_SIZE: u64 = 32 << 20;
 pub const DEFAULT_GZIP_LEVEL: i32 = 7;
 /// Level of zstd and zstd:chunked: that of zstd itself.
 pub const DEFAULT_ZSTD_LEVEL: i32 = 3;
-/// Highest level of a TOC in zstd:chunked: above it a stream of unknown length takes up to 500 MB of memory.
-const TOC_LEVEL_MAX: i32 = 9;
 /// Headers of entries without content share a stream up to this size in bytes, so that memory stays bounded.
 const HEADERS_PER_STREAM: usize = 1 << 20;
 /// Most threads where chunks are large: fewer of those are in flight.
@@ -426,8 +424,6 @@ enum Split {
 struct Settings {
     coding: Coding,
     shape: Shape,
-    /// zstd's level for the TOC.
-    toc_level: i32,
     split: Split,
     min_chunk_size: u64,
     has_external_toc: bool,
@@ -476,7 +472,6 @@ impl Settings {
                 Self {
                     coding: Coding::gzip(level)?,
                     shape: Shape::Estargz,
-                    toc_level: 0,
                     split: fixed(chunk_size)?,
                     min_chunk_size,
                     has_external_toc: external_toc,
@@ -502,7 +497,6 @@ impl Settings {
                 Self {
                     coding,
                     shape: dialect.into(),
-                    toc_level: level.min(TOC_LEVEL_MAX),
                     split: if is_podman {
                         Split::Rolling
                     } else {

@@ -100,7 +100,7 @@ where
             }
         };
         let pool = Pool::start(scope, "layer-join", settings.threads, worker).map_err(WriteError::Thread)?;
-        let (messages, toc) = sink::start(scope, settings.shape, settings.toc_level)?;
+        let (messages, toc) = sink::start(scope, settings.shape)?;
         let (unhashed, hasher) = if needs_tar {
             let (unhashed, stretches) = bounded::<Vec<Stretch>>(settings.waiting());
             let hasher = thread::Builder::new()

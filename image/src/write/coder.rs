@@ -6,7 +6,8 @@ use std::io;
 
 use libdeflater::{CompressionLvl, Compressor, Decompressor};
 
-use super::{TOC_LEVEL_MAX, WriteError};
+use super::WriteError;
+use super::sink::{GZIP_TOC_LEVEL, ZSTD_TOC_LEVEL};
 
 /// Version of libdeflate, which [`libdeflater`] contains: its minor version is the library's.
 const LIBDEFLATE: &str = "1.26";
@@ -74,12 +75,9 @@ impl Coding {
     /// Compressor, version and level; `None` where nothing is compressed.
     pub(super) fn name(self, has_toc: bool) -> Option<String> {
         match self {
-            Self::Gzip(_, level) if has_toc => {
-                let toc = super::sink::GZIP_TOC_LEVEL;
-                Some(format!(
-                    "libdeflate {LIBDEFLATE} level {level}, TOC zlib-rs {ZLIB_RS} level {toc}"
-                ))
-            }
+            Self::Gzip(_, level) if has_toc => Some(format!(
+                "libdeflate {LIBDEFLATE} level {level}, TOC zlib-rs {ZLIB_RS} level {GZIP_TOC_LEVEL}"
+            )),
             Self::Gzip(_, level) => Some(format!("libdeflate {LIBDEFLATE} level {level}")),
             Self::Zstd(level) => {
                 let window = if level >= ZSTD_LARGE_WINDOWS {
@@ -87,8 +85,8 @@ impl Coding {
                 } else {
                     ""
                 };
-                let toc = if has_toc && level > TOC_LEVEL_MAX {
-                    format!(", TOC level {TOC_LEVEL_MAX}")
+                let toc = if has_toc {
+                    format!(", TOC level {ZSTD_TOC_LEVEL}")
                 } else {
                     String::new()
                 };
@@ -220,10 +218,13 @@ mod tests {
                 Coding::zstd(19).unwrap().name(false),
                 "zstd 1.5.7 level 19, window 4 MiB",
             ),
-            (Coding::zstd(9).unwrap().name(true), "zstd 1.5.7 level 9"),
+            (
+                Coding::zstd(9).unwrap().name(true),
+                "zstd 1.5.7 level 9, TOC level 1",
+            ),
             (
                 Coding::zstd(17).unwrap().name(true),
-                "zstd 1.5.7 level 17, window 4 MiB, TOC level 9",
+                "zstd 1.5.7 level 17, window 4 MiB, TOC level 1",
             ),
         ];
         for (name, expected) in names {

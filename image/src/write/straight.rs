@@ -28,7 +28,7 @@ where
     W: Write + Send,
 {
     thread::scope(|scope| {
-        let (messages, toc) = sink::start(scope, settings.shape, settings.toc_level)?;
+        let (messages, toc) = sink::start(scope, settings.shape)?;
         let (unwritten, rooms, blob) = blob::start(scope, output, settings.waiting())?;
         let outlet = Straight {
             tables: Tables::new(settings, messages),

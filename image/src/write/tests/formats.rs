@@ -558,7 +558,10 @@ fn podmans_prioritized_files_come_first_without_a_landmark() {
     assert_eq!(written.not_found.len(), 1);
     let (_, none) = convert(&tar, &podman());
     assert_eq!((none.prefetch_end, none.file_ends.len()), (None, 0));
-    assert_eq!(none.annotations[annotations::COMPRESSOR], "zstd 1.5.7 level 3");
+    assert_eq!(
+        none.annotations[annotations::COMPRESSOR],
+        "zstd 1.5.7 level 3, TOC level 1"
+    );
 }
 
 #[test]
