@@ -374,8 +374,13 @@ where
         spool::MEMORY
     };
     let spool = Spool::new(spool, memory).map_err(WriteError::Spool)?;
-    let (mut spooled, hashed) =
-        intake::run(input, Spooled::new(spool, settings.min_chunk_size > 0), settings)?;
+    let spooled = Spooled::new(spool, settings.min_chunk_size > 0);
+    let (mut spooled, hashed) = thread::scope(|scope| {
+        let hash = hashing::start(scope, !settings.prioritized, settings.waiting())?;
+        let spooled = intake::run(input, spooled, hash.work, settings)?;
+        let (hashed, _) = hash.thread.join().map_err(|_| WriteError::ThreadLost)?;
+        Ok::<_, WriteError>((spooled, hashed))
+    })?;
     let found = spooled.take_places(settings.landmark().is_some())?;
     let count = spooled.names.len();
     let order = if settings.keeps_diff_id {

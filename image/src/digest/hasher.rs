@@ -3,6 +3,7 @@
 //! Blocks go through the `sha2` crate; only where two messages are there does [`super::sys`] take them together.
 //! Called wherever bytes are verified or named; the layer writer, which hashes all bytes three times, is what needs the pairs.
 
+use std::cmp::Reverse;
 use std::fmt;
 
 use sha2::block_api::compress256;
@@ -189,16 +190,15 @@ impl<'d> Message<'d> {
 
 /// The digest of each piece, in their order.
 pub(super) fn of_each<'d>(pieces: impl IntoIterator<Item = &'d [u8]>) -> Vec<Digest> {
-    let mut digests = Vec::new();
-    let mut waiting = pieces.into_iter().enumerate().map(|(index, data)| {
-        // So that there is a place for it, whichever ends first.
-        (START, Message::new(index, data))
-    });
+    let mut pieces: Vec<_> = pieces.into_iter().enumerate().collect();
+    let mut digests = vec![Digest::EMPTY; pieces.len()];
+    // The shortest ones last, so that the one that ends up alone is not alone for long.
+    pieces.sort_by_key(|(_, data)| Reverse(data.len()));
+    let mut waiting = pieces
+        .into_iter()
+        .map(|(index, data)| (START, Message::new(index, data)));
     let (mut first, mut second) = (waiting.next(), waiting.next());
     let mut keep = |state: &State, message: &Message<'_>| {
-        if digests.len() <= message.index {
-            digests.resize(message.index + 1, Digest::EMPTY);
-        }
         if let Some(place) = digests.get_mut(message.index) {
             *place = digest(state);
         }

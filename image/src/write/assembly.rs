@@ -17,7 +17,7 @@ use super::sink::{self, Toc};
 use super::spool::{Place, SpoolReader};
 use super::tables::{self, Marks, Role, Tables};
 use super::toc::Placed;
-use super::{HEADERS_PER_STREAM, Settings, WriteError};
+use super::{HEADERS_PER_STREAM, Settings, WriteError, hashing};
 use crate::digest::{Digest, Hasher};
 use crate::tar::write::padding;
 
@@ -82,7 +82,10 @@ where
     thread::scope(|scope| {
         let coding = settings.coding;
         let needs_tar = sequence.hashed.is_none();
-        let (unwritten, rooms, blob) = blob::start(scope, output, settings.waiting())?;
+        // Whatever of the tar stream has moved is not hashed beside the blob: it takes another way.
+        let hash = hashing::start(scope, false, settings.waiting())?;
+        let blob = blob::start(scope, output, hash.work, settings.waiting())?;
+        let (unwritten, rooms) = (blob.unwritten, hash.rooms);
         let worker = move || {
             let mut tools = coding
                 .start()
@@ -136,7 +139,9 @@ where
         let marks = outcome.and_then(|()| tables.finish());
         drop((unwritten, unhashed));
         // An error of these threads is why others cannot reach them.
-        let blob = blob.join().map_err(|_| WriteError::ThreadLost)??;
+        let mut blob = blob.thread.join().map_err(|_| WriteError::ThreadLost)??;
+        let (_, hash) = hash.thread.join().map_err(|_| WriteError::ThreadLost)?;
+        blob.set_hash(hash);
         let toc = toc.join().map_err(|_| WriteError::ThreadLost)??;
         Ok(Assembled {
             blob,

@@ -1,12 +1,12 @@
-//! The output, counted and hashed, by a thread of its own as long as many pieces come.
+//! The output, counted and hashed. As long as many pieces come, a thread of its own writes them.
 
 use std::io::Write;
 use std::thread::{Builder, Scope, ScopedJoinHandle};
 
-use crossbeam_channel::{Receiver, Sender, bounded};
+use crossbeam_channel::{Sender, bounded};
 
 use super::WriteError;
-use super::pack::ROOM_MAX;
+use super::hashing::Work;
 use crate::digest::{Digest, Hasher};
 
 /// zstd's skippable frame (RFC 8878, section 3.1.2), of the sixteen kinds the one that zstd:chunked uses.
@@ -34,10 +34,20 @@ impl<W: Write> Blob<W> {
     }
 
     pub(super) fn write(&mut self, data: &[u8]) -> Result<(), WriteError> {
-        self.output.write_all(data).map_err(WriteError::Output)?;
+        self.write_only(data)?;
         self.hasher.update(data);
+        Ok(())
+    }
+
+    fn write_only(&mut self, data: &[u8]) -> Result<(), WriteError> {
+        self.output.write_all(data).map_err(WriteError::Output)?;
         self.size += data.len() as u64;
         Ok(())
+    }
+
+    /// Takes the hash of what was written so far, where it was made elsewhere.
+    pub(super) fn set_hash(&mut self, hasher: Hasher) {
+        self.hasher = hasher;
     }
 
     /// Writes `data` as a frame that zstd skips; returns where `data` is.
@@ -57,32 +67,33 @@ impl<W: Write> Blob<W> {
     }
 }
 
-/// The thread; it ends with the blob when the sender is gone.
-pub(super) type Thread<'scope, W> = ScopedJoinHandle<'scope, Result<Blob<W>, WriteError>>;
+/// The thread.
+pub(super) struct Thread<'scope, W> {
+    /// What is to be written. The thread ends, with the blob, when nobody has this any more.
+    pub(super) unwritten: Sender<Vec<u8>>,
+    pub(super) thread: ScopedJoinHandle<'scope, Result<Blob<W>, WriteError>>,
+}
 
-/// Starts a thread that writes what it is sent and gives the buffers back, emptied: fresh memory costs more than what is copied
-/// into it. At most `waiting` of them wait on either way.
+/// Starts a thread that writes what it is sent, and passes it on to be hashed. At most `waiting` buffers wait.
 pub(super) fn start<'scope, W: Write + Send + 'scope>(
     scope: &'scope Scope<'scope, '_>,
     output: W,
+    hashing: Sender<Work>,
     waiting: usize,
-) -> Result<(Sender<Vec<u8>>, Receiver<Vec<u8>>, Thread<'scope, W>), WriteError> {
+) -> Result<Thread<'scope, W>, WriteError> {
     let (unwritten, buffers) = bounded::<Vec<u8>>(waiting);
-    let (done, rooms) = bounded(waiting);
     let thread = Builder::new()
         .name("layer-blob".to_owned())
         .spawn_scoped(scope, move || {
             let mut blob = Blob::new(output);
-            for mut buffer in buffers {
-                blob.write(&buffer)?;
-                buffer.clear();
-                if buffer.capacity() <= ROOM_MAX {
-                    // Enough of them are waiting already, or nobody wants them any more.
-                    let _unwanted = done.try_send(buffer);
-                }
+            for buffer in buffers {
+                blob.write_only(&buffer)?;
+                hashing
+                    .send(Work::Blob(buffer))
+                    .map_err(|_| WriteError::ThreadLost)?;
             }
             Ok(blob)
         })
         .map_err(WriteError::Thread)?;
-    Ok((unwritten, rooms, thread))
+    Ok(Thread { unwritten, thread })
 }

@@ -1,6 +1,8 @@
-//! The thread that hashes what consists of several chunks: the stream as it will come out if no entry moves, and the files.
-//! Both see nearly the same bytes, so they are hashed together. Called by the intake.
+//! The thread that hashes what consists of several chunks: the stream as it will come out if no entry moves, the files, and the
+//! blob where it comes out meanwhile. Of these always two are hashed together: the first two see nearly the same bytes, and
+//! the blob goes with whichever has bytes left. Called by the intake and by what writes the blob.
 
+use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::Arc;
 use std::thread::{Builder, Scope, ScopedJoinHandle};
@@ -8,8 +10,11 @@ use std::thread::{Builder, Scope, ScopedJoinHandle};
 use crossbeam_channel::{Receiver, Sender, bounded};
 
 use super::WriteError;
-use super::pack::{Batch, each_zeros};
+use super::pack::{Batch, ROOM_MAX, each_zeros};
 use crate::digest::{Digest, Hasher};
+
+/// Bytes that sha256 takes at once: a stream that is cut elsewhere is hashed more slowly.
+const BLOCK: usize = 64;
 
 /// A file in a batch, or a part of one.
 #[derive(Debug, Default)]
@@ -32,30 +37,59 @@ pub(super) enum Extent {
     Last(Sender<Digest>),
 }
 
+/// What is to be hashed.
+pub(super) enum Work {
+    /// The next batch of the stream.
+    Batch(Arc<Batch>),
+    /// The next bytes of the blob.
+    Blob(Vec<u8>),
+}
+
 /// Hash and length of the stream; `None` if it was not to be hashed.
 pub(super) type Hashed = Option<(Hasher, u64)>;
 
-/// Starts the thread; it ends when the sender is gone. So many batches may wait for it.
+/// The thread.
+pub(super) struct Thread<'scope> {
+    /// It ends when nobody has this any more.
+    pub(super) work: Sender<Work>,
+    /// The buffers of the blob, emptied.
+    pub(super) rooms: Receiver<Vec<u8>>,
+    /// The stream, and the blob.
+    pub(super) thread: ScopedJoinHandle<'scope, (Hashed, Hasher)>,
+}
+
+/// Starts the thread. So many pieces of each kind may wait for it.
 pub(super) fn start<'scope>(
     scope: &'scope Scope<'scope, '_>,
     has_stream: bool,
     waiting: usize,
-) -> Result<(Sender<Arc<Batch>>, ScopedJoinHandle<'scope, Hashed>), WriteError> {
-    let (sender, batches) = bounded(waiting);
+) -> Result<Thread<'scope>, WriteError> {
+    let (work, received) = bounded(waiting);
+    let (done, rooms) = bounded(waiting);
     let thread = Builder::new()
         .name("layer-hash".to_owned())
-        .spawn_scoped(scope, move || run(&batches, has_stream))
+        .spawn_scoped(scope, move || {
+            run(&received, has_stream, Blob::new(done, waiting))
+        })
         .map_err(WriteError::Thread)?;
-    Ok((sender, thread))
+    Ok(Thread { work, rooms, thread })
 }
 
-fn run(batches: &Receiver<Arc<Batch>>, has_stream: bool) -> Hashed {
+fn run(work: &Receiver<Work>, has_stream: bool, blob: Blob) -> (Hashed, Hasher) {
     let mut hashing = Hashing {
         stream: has_stream.then(Hasher::new),
         file: Hasher::new(),
         length: 0,
+        blob,
     };
-    for batch in batches {
+    for work in work {
+        let batch = match work {
+            Work::Batch(batch) => batch,
+            Work::Blob(bytes) => {
+                hashing.blob.push(bytes);
+                continue;
+            }
+        };
         let digests = if has_stream {
             hashing.add(&batch)
         } else {
@@ -67,13 +101,96 @@ fn run(batches: &Receiver<Arc<Batch>>, has_stream: bool) -> Hashed {
         }
     }
     let length = hashing.length;
-    hashing.stream.map(|stream| (stream, length))
+    let hashed = hashing.stream.map(|stream| (stream, length));
+    (hashed, hashing.blob.finish())
+}
+
+/// The blob, as far as it has come out.
+struct Blob {
+    hasher: Hasher,
+    /// What is not hashed yet; of the first piece so many bytes are.
+    pieces: VecDeque<Vec<u8>>,
+    hashed: usize,
+    /// Bytes that are not hashed yet.
+    open: usize,
+    /// Most pieces that wait for something else to be hashed with.
+    waiting: usize,
+    done: Sender<Vec<u8>>,
+}
+
+impl Blob {
+    fn new(done: Sender<Vec<u8>>, waiting: usize) -> Self {
+        Self {
+            hasher: Hasher::new(),
+            pieces: VecDeque::new(),
+            hashed: 0,
+            open: 0,
+            waiting,
+            done,
+        }
+    }
+
+    fn push(&mut self, bytes: Vec<u8>) {
+        self.open += bytes.len();
+        self.pieces.push_back(bytes);
+        while self.pieces.len() > self.waiting {
+            self.step(&mut Hasher::new(), &[]);
+        }
+    }
+
+    /// Hashes all of `data` for `other`, and meanwhile as much of the blob as there is.
+    fn with(&mut self, other: &mut Hasher, mut data: &[u8]) {
+        while !data.is_empty() {
+            let taken = self.step(other, data);
+            data = data.get(taken..).unwrap_or_default();
+        }
+    }
+
+    /// Hashes the first bytes of `data` with as many of the first piece, all of either where the other has none; says how many
+    /// bytes of `data` those are.
+    fn step(&mut self, other: &mut Hasher, data: &[u8]) -> usize {
+        let piece = self.pieces.front().map(Vec::as_slice).unwrap_or_default();
+        let piece = piece.get(self.hashed..).unwrap_or_default();
+        let (piece, data) = match (piece.len(), data.len()) {
+            (0, _) | (_, 0) => (piece, data),
+            // The end of a piece by itself: blocks of the other one stay whole.
+            (1..BLOCK, _) => (piece, &[][..]),
+            (one, two) if one < two => {
+                let whole = one / BLOCK * BLOCK;
+                (
+                    piece.get(..whole).unwrap_or_default(),
+                    data.get(..whole).unwrap_or_default(),
+                )
+            }
+            (_, two) => (piece.get(..two).unwrap_or_default(), data),
+        };
+        Hasher::update_both((other, data), (&mut self.hasher, piece));
+        self.hashed += piece.len();
+        self.open -= piece.len();
+        if let Some(mut done) = self.pieces.pop_front_if(|piece| piece.len() <= self.hashed) {
+            self.hashed = 0;
+            done.clear();
+            if done.capacity() <= ROOM_MAX {
+                // Enough of them are waiting already, or nobody wants them any more.
+                let _unwanted = self.done.try_send(done);
+            }
+        }
+        data.len()
+    }
+
+    fn finish(mut self) -> Hasher {
+        while !self.pieces.is_empty() {
+            self.step(&mut Hasher::new(), &[]);
+        }
+        self.hasher
+    }
 }
 
 struct Hashing {
     stream: Option<Hasher>,
     file: Hasher,
     length: u64,
+    blob: Blob,
 }
 
 impl Hashing {
@@ -133,8 +250,15 @@ impl Hashing {
     fn update(&mut self, data: &[u8], is_file: bool) {
         self.length += data.len() as u64;
         match (&mut self.stream, is_file) {
-            (Some(stream), true) => Hasher::update_both((stream, data), (&mut self.file, data)),
-            (Some(stream), false) => stream.update(data),
+            (Some(stream), true) => {
+                // Both halves of what is left go with the blob.
+                let alone = (self.blob.open / 2).min(data.len());
+                let (both, alone) = data.split_at((data.len() - alone) / BLOCK * BLOCK);
+                Hasher::update_both((stream, both), (&mut self.file, both));
+                self.blob.with(stream, alone);
+                self.blob.with(&mut self.file, alone);
+            }
+            (Some(stream), false) => self.blob.with(stream, data),
             (None, true) => self.file.update(data),
             (None, false) => {}
         }

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use crossbeam_channel::{Receiver, Sender, TryRecvError, bounded};
 
-use super::hashing::{self, Extent, Hashed, Part};
+use super::hashing::{Extent, Part, Work};
 use super::outlet::Outlet;
 use super::pack::{Batch, Packed, Packer, Packing, Piece};
 use super::pool::Pool;
@@ -26,7 +26,7 @@ use crate::tar::{self, TarEntry, TarKind};
 use crate::tar_split::Crc64;
 
 /// Small files go to the workers together, up to this many bytes: handing over costs more than compressing one of them.
-const BATCH: usize = 512 << 10;
+const BATCH: usize = 1 << 20;
 /// A file of no more bytes is in one batch as a whole.
 const SMALL: u64 = 128 << 10;
 /// Bytes of a large file that are looked at together.
@@ -50,13 +50,13 @@ struct Draft {
     digest: Option<Receiver<Digest>>,
 }
 
-/// Reads all of `input`. Beside the outlet: hash and length of the stream, if it comes out as it was read; not known where files
-/// are to move anyway.
+/// Reads all of `input`; `unhashed` takes the stream, as it comes out if no entry moves.
 pub(super) fn run<R: Read, O: Outlet>(
     input: R,
     outlet: O,
+    unhashed: Sender<Work>,
     settings: &Settings,
-) -> Result<(O, Hashed), WriteError> {
+) -> Result<O, WriteError> {
     std::thread::scope(|scope| {
         let (coding, crc, packing) = (settings.coding, settings.split_file, outlet.packing());
         let is_stream = matches!(packing, Packing::Stream(_));
@@ -68,7 +68,6 @@ pub(super) fn run<R: Read, O: Outlet>(
             }
         };
         let pool = Pool::start(scope, "layer-pack", settings.threads, worker).map_err(WriteError::Thread)?;
-        let (unhashed, hasher) = hashing::start(scope, !settings.prioritized, settings.waiting())?;
         let mut intake = Running {
             settings,
             outlet,
@@ -84,9 +83,7 @@ pub(super) fn run<R: Read, O: Outlet>(
         };
         intake.landmark()?;
         intake.read(input)?;
-        let outlet = intake.finish()?;
-        let hashed = hasher.join().map_err(|_| WriteError::ThreadLost)?;
-        Ok((outlet, hashed))
+        intake.finish()
     })
 }
 
@@ -96,7 +93,7 @@ struct Running<'s, O> {
     /// What stands between chunks goes through the pool too, and is cut as the assembly would cut it: not where batches end.
     is_stream: bool,
     pool: Pool<Arc<Batch>, io::Result<Packed>>,
-    unhashed: Sender<Arc<Batch>>,
+    unhashed: Sender<Work>,
     batch: Batch,
     /// Room of batches that are done, for those to come.
     rooms: Vec<Room>,
@@ -476,14 +473,15 @@ impl<O: Outlet> Running<'_, O> {
         let batch = Arc::new(batch);
         if !(batch.data.is_empty() && batch.left_out.is_empty() && batch.files.is_empty()) {
             self.unhashed
-                .send(Arc::clone(&batch))
+                .send(Work::Batch(Arc::clone(&batch)))
                 .map_err(|_| WriteError::ThreadLost)?;
         }
         self.push(batch, digests)
     }
 
     fn push(&mut self, batch: Arc<Batch>, digests: Receiver<Vec<Digest>>) -> Result<(), WriteError> {
-        if batch.pieces.is_empty() && !(self.is_stream && !batch.data.is_empty()) {
+        let has_more = self.is_stream && !batch.data.is_empty();
+        if batch.pieces.is_empty() && !has_more {
             return Ok(());
         }
         let weight = batch.data.len() * 2;

@@ -17,7 +17,7 @@ use super::pack::Packing;
 use super::record::Record;
 use super::tables::{self, Role, Tables};
 use super::toc::Placed;
-use super::{Settings, WriteError, blob, intake, sink};
+use super::{Settings, WriteError, blob, hashing, intake, sink};
 use crate::path::EntryPath;
 use crate::tar::write::padding;
 
@@ -29,25 +29,27 @@ where
 {
     thread::scope(|scope| {
         let (messages, toc) = sink::start(scope, settings.shape)?;
-        let (unwritten, rooms, blob) = blob::start(scope, output, settings.waiting())?;
+        let hash = hashing::start(scope, true, settings.waiting())?;
+        let blob = blob::start(scope, output, hash.work.clone(), settings.waiting())?;
         let outlet = Straight {
             tables: Tables::new(settings, messages),
-            unwritten,
-            rooms,
+            unwritten: blob.unwritten,
+            rooms: hash.rooms,
             size: 0,
             seen: (!settings.keeps_diff_id).then(Seen::default),
             entries: 0,
             next: settings.landmark().map_or(Role::Other, |_| Role::Landmark),
         };
         // In any case this drops the outlet, and with it the channels that the threads wait for.
-        let outcome = intake::run(input, outlet, settings).and_then(|(outlet, hashed)| {
-            let tar = hashed.ok_or(WriteError::ThreadLost)?;
-            Ok((outlet.tables.finish()?, outlet.entries, tar))
-        });
+        let outcome = intake::run(input, outlet, hash.work, settings)
+            .and_then(|outlet| Ok((outlet.tables.finish()?, outlet.entries)));
         // An error of these threads is why the intake cannot reach them.
-        let blob = blob.join().map_err(|_| WriteError::ThreadLost)??;
+        let mut blob = blob.thread.join().map_err(|_| WriteError::ThreadLost)??;
         let toc = toc.join().map_err(|_| WriteError::ThreadLost)??;
-        let (marks, entries, tar) = outcome?;
+        let (tar, hash) = hash.thread.join().map_err(|_| WriteError::ThreadLost)?;
+        blob.set_hash(hash);
+        let (marks, entries) = outcome?;
+        let tar = tar.ok_or(WriteError::ThreadLost)?;
         let assembled = Assembled {
             blob,
             toc,
