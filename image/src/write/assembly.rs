@@ -9,7 +9,7 @@ use bytes::Bytes;
 use crossbeam_channel::{Receiver, Sender, bounded};
 
 use super::blob::{self, Blob};
-use super::coder::{Coder, Undo};
+use super::coder::{ChunkCoder, Undo};
 use super::pack::each_zeros;
 use super::pool::Pool;
 use super::record::{Chunk, Entry, Record};
@@ -88,7 +88,7 @@ where
         let (unwritten, rooms) = (blob.unwritten, hash.rooms);
         let worker = move || {
             let mut tools = coding
-                .start()
+                .start_chunks()
                 .and_then(|coder| Ok((coder, coding.start_undoing()?)));
             let rooms = rooms.clone();
             move |pieces| match &mut tools {
@@ -182,7 +182,7 @@ fn hash_stretches(stretches: Receiver<Vec<Stretch>>) -> (Hasher, u64) {
 }
 
 fn finish_pieces(
-    coder: &mut Coder,
+    coder: &mut ChunkCoder,
     undo: &mut Undo,
     pieces: Vec<Piece>,
     needs_tar: bool,
@@ -203,7 +203,7 @@ fn finish_pieces(
         let stretch = match piece {
             Piece::Plain(data) => {
                 coder
-                    .append(&data, &mut finished.blob)
+                    .append_headers(&data, &mut finished.blob)
                     .map_err(WriteError::Compressor)?;
                 Stretch::Bytes(data)
             }

@@ -5,6 +5,7 @@
 use std::io;
 
 use libdeflater::{CompressionLvl, Compressor, Decompressor};
+use zstd::zstd_safe::{CParameter, Strategy};
 
 use super::WriteError;
 use super::sink::{GZIP_TOC_LEVEL, ZSTD_TOC_LEVEL};
@@ -22,6 +23,20 @@ pub(super) const ZSTD_LEVEL_MAX: i32 = 22;
 const ZSTD_LARGE_WINDOWS: i32 = 17;
 /// Binary logarithm of the largest window, in bytes: the tables grow with it, to 500 MB at level 22.
 const ZSTD_WINDOW_LOG_MAX: u32 = 22;
+/// Level of zstd at which chunks of up to [`SMALL_CHUNK`] bytes are searched faster than zstd would: with one table of hashes instead of
+/// two. That takes 17 % less time and makes the chunks of Debian's /usr 1 to 2 % larger, which is what Podman makes of them at
+/// its own level 3. Higher levels are zstd's.
+const FASTER_LEVEL: i32 = 3;
+/// As many bytes as all but the last of zstd's tables of parameters are for (`lib/compress/clevels.h`).
+const SMALL_CHUNK: usize = 256 << 10;
+/// Binary logarithm of the table's entries: 256 KiB stay in a core's own cache.
+const SMALL_HASH_LOG: u32 = 16;
+/// Fewest bytes that a match has.
+const SMALL_MATCH_MIN: u32 = 5;
+/// Level for headers between chunks, up to [`FASTER_LEVEL`]. Nothing reads them by themselves, and what is left of them when matches
+/// are taken out is so little that building a code for it takes most of the time: 12,000 headers take 24 ms instead of 58, for
+/// 0.2 % more bytes in the blob.
+const HEADERS_LEVEL: i32 = -1;
 /// Largest buffer that each thread keeps to use it again, in bytes: more than a batch of small files needs, little beside a
 /// compressor's own memory.
 pub(super) const THREAD_ROOM_MAX: usize = 1 << 20;
@@ -72,7 +87,7 @@ impl Coding {
         }
     }
 
-    /// Compressor, version and level; `None` where nothing is compressed.
+    /// Compressor, version and level; `None` where nothing is compressed. `has_toc`: chunks are compressed each by itself.
     pub(super) fn name(self, has_toc: bool) -> Option<String> {
         match self {
             Self::Gzip(_, level) if has_toc => Some(format!(
@@ -85,13 +100,25 @@ impl Coding {
                 } else {
                     ""
                 };
+                let faster = if has_toc && level == FASTER_LEVEL {
+                    ", chunks to 256 KiB fast"
+                } else {
+                    ""
+                };
+                let headers = if has_toc && level <= FASTER_LEVEL {
+                    format!(", headers level {HEADERS_LEVEL}")
+                } else {
+                    String::new()
+                };
                 let toc = if has_toc {
                     format!(", TOC level {ZSTD_TOC_LEVEL}")
                 } else {
                     String::new()
                 };
                 let version = zstd::zstd_safe::version_string();
-                Some(format!("zstd {version} level {level}{window}{toc}"))
+                Some(format!(
+                    "zstd {version} level {level}{window}{faster}{headers}{toc}"
+                ))
             }
             Self::Plain => None,
         }
@@ -108,6 +135,33 @@ impl Coding {
                 Coder::Zstd(compressor)
             }
             Self::Plain => Coder::Plain,
+        })
+    }
+
+    /// A compressor for chunks and what stands between them.
+    pub(super) fn start_chunks(self) -> io::Result<ChunkCoder> {
+        let (small, headers) = match self {
+            Self::Zstd(level) => {
+                let mut small = None;
+                if level == FASTER_LEVEL {
+                    let mut compressor = zstd::bulk::Compressor::new(level)?;
+                    compressor.set_parameter(CParameter::Strategy(Strategy::ZSTD_fast))?;
+                    compressor.set_parameter(CParameter::HashLog(SMALL_HASH_LOG))?;
+                    compressor.set_parameter(CParameter::MinMatch(SMALL_MATCH_MIN))?;
+                    small = Some(Coder::Zstd(compressor));
+                }
+                let headers = match level {
+                    ..=FASTER_LEVEL => Some(Coder::Zstd(zstd::bulk::Compressor::new(HEADERS_LEVEL)?)),
+                    _ => None,
+                };
+                (small, headers)
+            }
+            Self::Gzip(..) | Self::Plain => (None, None),
+        };
+        Ok(ChunkCoder {
+            usual: self.start()?,
+            small,
+            headers,
         })
     }
 
@@ -160,6 +214,40 @@ impl Coder {
             Self::Plain => out.extend_from_slice(data),
         }
         Ok(())
+    }
+}
+
+/// Compressors for what a blob with a TOC consists of.
+pub(super) struct ChunkCoder {
+    usual: Coder,
+    /// For chunks of no more than [`SMALL_CHUNK`] bytes, where that is another one.
+    small: Option<Coder>,
+    /// For what stands between chunks, where that is another one.
+    headers: Option<Coder>,
+}
+
+impl ChunkCoder {
+    /// The same for everything.
+    pub(super) fn plain(usual: Coder) -> Self {
+        Self {
+            usual,
+            small: None,
+            headers: None,
+        }
+    }
+
+    /// Appends a chunk, see [`Coder::append`].
+    pub(super) fn append(&mut self, chunk: &[u8], out: &mut Vec<u8>) -> io::Result<()> {
+        let small = self.small.as_mut().filter(|_| chunk.len() <= SMALL_CHUNK);
+        small.unwrap_or(&mut self.usual).append(chunk, out)
+    }
+
+    /// Appends what stands between two chunks.
+    pub(super) fn append_headers(&mut self, headers: &[u8], out: &mut Vec<u8>) -> io::Result<()> {
+        self.headers
+            .as_mut()
+            .unwrap_or(&mut self.usual)
+            .append(headers, out)
     }
 }
 
@@ -223,6 +311,14 @@ mod tests {
                 "zstd 1.5.7 level 9, TOC level 1",
             ),
             (
+                Coding::zstd(3).unwrap().name(true),
+                "zstd 1.5.7 level 3, chunks to 256 KiB fast, headers level -1, TOC level 1",
+            ),
+            (
+                Coding::zstd(2).unwrap().name(true),
+                "zstd 1.5.7 level 2, headers level -1, TOC level 1",
+            ),
+            (
                 Coding::zstd(17).unwrap().name(true),
                 "zstd 1.5.7 level 17, window 4 MiB, TOC level 1",
             ),
@@ -235,6 +331,21 @@ mod tests {
     #[test]
     fn what_was_compressed_comes_back() {
         let data = b"some text, some text, some other text".repeat(100);
+        let large = data.repeat(100);
+        for level in [1, 3, 9] {
+            let coding = Coding::zstd(level).unwrap();
+            let (mut coder, mut undo) = (coding.start_chunks().unwrap(), coding.start_undoing().unwrap());
+            for data in [&data[..], b"", &large] {
+                let (mut chunk, mut headers) = (Vec::new(), Vec::new());
+                coder.append(data, &mut chunk).unwrap();
+                coder.append_headers(data, &mut headers).unwrap();
+                for packed in [chunk, headers] {
+                    let mut out = Vec::new();
+                    assert!(undo.append(&packed, data.len(), &mut out));
+                    assert_eq!(out, data);
+                }
+            }
+        }
         for coding in [Coding::gzip(1).unwrap(), Coding::zstd(19).unwrap(), Coding::Plain] {
             let (mut coder, mut undo) = (coding.start().unwrap(), coding.start_undoing().unwrap());
             for data in [&data[..], b"", b"x"] {

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use crossbeam_channel::{Receiver, Sender};
 
-use super::coder::{Coder, Coding, THREAD_ROOM_MAX};
+use super::coder::{ChunkCoder, Coding, THREAD_ROOM_MAX};
 use super::hashing::Part;
 use super::room::Room;
 use crate::digest::{Digest, Hasher};
@@ -83,7 +83,7 @@ pub(super) struct PackedChunk {
 
 /// What a thread of the pool needs.
 pub(super) struct Packer {
-    coder: Coder,
+    coder: ChunkCoder,
     packing: Packing,
     crc: bool,
     /// Room that is used again and again: what is kept of it has its own length.
@@ -93,12 +93,12 @@ pub(super) struct Packer {
 impl Packer {
     /// `crc`: files need their CRC.
     pub(super) fn new(coding: Coding, packing: Packing, crc: bool) -> io::Result<Self> {
-        let coding = match packing {
-            Packing::Shared => Coding::Zstd(SHARED_LEVEL),
-            Packing::Chunks | Packing::Stream(_) => coding,
+        let coder = match packing {
+            Packing::Shared => ChunkCoder::plain(Coding::Zstd(SHARED_LEVEL).start()?),
+            Packing::Chunks | Packing::Stream(_) => coding.start_chunks()?,
         };
         Ok(Self {
-            coder: coding.start()?,
+            coder,
             packing,
             crc,
             room: Vec::new(),
@@ -188,7 +188,7 @@ impl Packer {
     /// Appends what stands between two chunks.
     fn between(&mut self, batch: &Batch, place: Range<usize>, out: &mut Vec<u8>) -> io::Result<()> {
         match batch.data.get(place) {
-            Some(bytes) if !bytes.is_empty() => self.coder.append(bytes, out),
+            Some(bytes) if !bytes.is_empty() => self.coder.append_headers(bytes, out),
             _ => Ok(()),
         }
     }

@@ -560,7 +560,7 @@ fn podmans_prioritized_files_come_first_without_a_landmark() {
     assert_eq!((none.prefetch_end, none.file_ends.len()), (None, 0));
     assert_eq!(
         none.annotations[annotations::COMPRESSOR],
-        "zstd 1.5.7 level 3, TOC level 1"
+        "zstd 1.5.7 level 3, chunks to 256 KiB fast, headers level -1, TOC level 1"
     );
 }
 
