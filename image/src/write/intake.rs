@@ -161,9 +161,9 @@ impl<O: Outlet> Running<'_, O> {
             let name = entry.name.clone();
             let is_as_it_was = bytes == entry.raw_headers;
             let entry = self.exactly(entry, is_as_it_was)?;
+            let stored = reader.content_end() - start;
             recording.skip(reader.content_end());
             self.add(entry, &mut reader)?;
-            let stored = reader.position() - start;
             reader.end_entry()?;
             bytes.clear();
             recording.take(reader.position(), &mut bytes);
@@ -222,7 +222,7 @@ impl<O: Outlet> Running<'_, O> {
     fn add(&mut self, entry: TarEntry, content: &mut dyn Read) -> Result<(), WriteError> {
         let size = entry.kind.size();
         self.count(1 + entry.metadata.xattrs.len())?;
-        // Also where nobody needs it yet: what cannot be described is an error before anything is written.
+        // Also where nobody needs it yet: what cannot be described is an error as soon as possible.
         let described = Entry::describe(&entry)?;
         let about = if entry.self_contained || !self.settings.keeps_diff_id {
             About::Headers

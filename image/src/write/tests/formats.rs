@@ -706,18 +706,24 @@ fn what_cannot_be_kept_is_an_error() {
             WriteError::Level { max: 22, .. }
         ));
     }
-    // The label of a volume belongs to no entry.
-    let mut labelled = tar[..512].to_vec();
-    labelled[156] = b'V';
-    labelled[124..136].copy_from_slice(b"00000000000\0");
-    labelled[148..156].fill(b' ');
-    let sum: u32 = labelled.iter().copied().map(u32::from).sum();
-    labelled[148..156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
-    labelled.extend_from_slice(&tar);
-    assert!(matches!(
-        fails(&labelled, &external(true)),
-        WriteError::NotLossless { .. }
-    ));
-    let (blob, written) = convert(&labelled, &podman());
-    check_podman(&blob, &written);
+    let header = |kind: u8, size: usize| {
+        let mut header = tar[..512].to_vec();
+        header[156] = kind;
+        header[124..136].copy_from_slice(format!("{size:011o}\0").as_bytes());
+        header[148..156].fill(b' ');
+        let sum: u32 = header.iter().copied().map(u32::from).sum();
+        header[148..156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
+        header
+    };
+    // The label of a volume belongs to no entry; what GNU tar lists in a directory is no content of it.
+    let labelled = [header(b'V', 0), tar.clone()].concat();
+    let listed = [header(b'D', 512), vec![b'Y'; 512], tar.clone()].concat();
+    for tar in [labelled, listed] {
+        assert!(matches!(
+            fails(&tar, &external(true)),
+            WriteError::NotLossless { .. }
+        ));
+        let (blob, written) = convert(&tar, &podman());
+        check_podman(&blob, &written);
+    }
 }
