@@ -324,8 +324,10 @@ impl From<WorkerLost> for WriteError {
 }
 
 /// Turns the uncompressed tar stream `input` into a blob. `spool` is an empty temporary file; it stays smaller than the blob,
-/// holds nothing of use afterwards, and is not touched by formats without a TOC. The whole of `input` is read, bytes after the
-/// end of the archive included. `output` is written from first to last byte while the blob is made and never read.
+/// holds nothing of use afterwards, and is not touched where nothing has to wait in it: by formats without a TOC, with
+/// `keep_diff_id`, and with [`Duplicates::Refuse`] as it says there. The whole of `input` is read, bytes after the end of the
+/// archive included. `output` is written from first to last byte while the blob is made and never read; after an error it may
+/// hold any part of a blob.
 pub fn write<R, S, W>(input: R, spool: S, output: W, options: &Options) -> Result<Written, WriteError>
 where
     R: Read,
@@ -545,9 +547,10 @@ impl Settings {
         chunk_size.max(self.min_chunk_size) > DEFAULT_CHUNK_SIZE
     }
 
-    /// Buffers that may wait between two threads, where each holds a chunk or more.
+    /// Buffers that may wait between two threads, where each holds a chunk or more: each of them is in memory beside the work in
+    /// flight, also when the output is slow.
     fn waiting(&self) -> usize {
-        if self.has_large_chunks() { 1 } else { 3 }
+        if self.has_large_chunks() { 0 } else { 2 }
     }
 
     /// Length of a full chunk.

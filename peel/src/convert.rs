@@ -3,8 +3,9 @@
 //!
 //! Layers stream: registry, decompression, writer, registry again, all at the same time ([`stream`]). At most [`AT_ONCE`] layers are
 //! under way, so memory stays bounded whatever the image; each of them uses every core while it can, and the next one arrives
-//! while the previous one ends. Nothing is written to disk but, for layers with files that come first or chunks that share streams,
-//! the writer's spool, which is no larger than the layer that it becomes. All other layers are sent while they are read.
+//! while the previous one ends. Nothing is written to disk but the writer's spool, which is no larger than the layer that it becomes,
+//! for layers with files that come first, chunks that share streams, or a path that occurs twice. All others are sent while
+//! they are read.
 //!
 //! Memory: a writer takes less than 100 MiB, queues and unconfirmed pieces of an upload add 20 MiB. Twice that stays below the
 //! 256 MiB that a conversion may take. What a writer keeps of each entry adds to that: layers above [`LARGE_LAYER`] may have

@@ -58,7 +58,7 @@ pub(super) struct Thread<'scope> {
     pub(super) thread: ScopedJoinHandle<'scope, (Hashed, Hasher)>,
 }
 
-/// Starts the thread. So many pieces of each kind may wait for it.
+/// Starts the thread. So many pieces may wait for it, and as many of the blob in it.
 pub(super) fn start<'scope>(
     scope: &'scope Scope<'scope, '_>,
     has_stream: bool,

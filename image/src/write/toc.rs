@@ -1,5 +1,5 @@
 //! The JSON of a TOC, entry by entry, in the two shapes that there are: upstream's for eStargz and zstd:chunked, and Podman's.
-//! Called by the assembly, once the places of all chunks of an entry are known.
+//! Called by the tables, once the places of all chunks of an entry are known.
 //!
 //! Absent numbers are 0 and absent texts empty. Which fields stand there, and when, follows the tools that made the formats
 //! (stargz-snapshotter, `estargz/types.go`; containers/storage, `pkg/chunked/internal/minimal/compression.go`).

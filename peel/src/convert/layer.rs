@@ -3,7 +3,7 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use anyhow::{Context, bail};
 use bytes::Bytes;
@@ -156,7 +156,12 @@ impl Shared<'_> {
                 error.downcast_ref(),
                 Some(peel_registry::Error::UploadLost { .. })
             );
-            let twice = matches!(error.downcast_ref(), Some(WriteError::Duplicate { .. }));
+            // A table of contents may be too large for entries that are not to be in it.
+            let twice = options.duplicates == Duplicates::Refuse
+                && matches!(
+                    error.downcast_ref(),
+                    Some(WriteError::Duplicate { .. } | WriteError::TocTooLarge)
+                );
             if !twice && (!lost || restarts >= RESTARTS) {
                 return Err(error);
             }
@@ -316,7 +321,7 @@ impl Shared<'_> {
         recipe: Digest,
         (counted, restarts): (&Arc<AtomicU64>, u32),
     ) -> anyhow::Result<Done> {
-        let hash = !keeps_tar(options.format, job);
+        let hash = !keeps_tar(options.format, job) || options.duplicates == Duplicates::Drop;
         let mut upload = match restarts {
             WHOLE_FROM.. => self.target.begin_whole_blob().await?,
             _ => self.target.begin_blob().await?,
@@ -324,11 +329,12 @@ impl Shared<'_> {
         let compressed = layers::reader(blob, &Handle::current()).await?;
         let compressed = Counted::new(compressed, Arc::clone(&self.progress), Arc::clone(counted));
         let (sink, pieces) = stream::sink();
+        let failed = sink.failed();
         let writing = {
             let options = options.clone();
             tokio::task::spawn_blocking(move || stream::write(compressed, sink, &options, hash))
         };
-        let sent = forward(&mut upload, pieces).await;
+        let sent = forward(&mut upload, pieces, &failed).await;
         let written = writing.await.context("conversion thread")?;
         let (written, source_diff_id) = match (sent, written) {
             (Ok(()), Ok(written)) => written,
@@ -354,6 +360,12 @@ impl Shared<'_> {
                 "its uncompressed bytes are {found}, but the configuration of the image says {}: manifest and configuration do not \
                  belong together, or the layer was altered; pull or build the image again",
                 job.diff_id
+            );
+        }
+        if keeps_diff_id(options.format) && written.diff_id != job.diff_id {
+            upload.abort().await;
+            bail!(
+                "its DiffID cannot be kept: its uncompressed bytes would change; convert it without keeping DiffIDs"
             );
         }
         let sent = upload.finish(written.blob_digest, written.blob_size).await?;
@@ -400,12 +412,16 @@ impl Shared<'_> {
     }
 }
 
-/// Sends what the writer makes, as it makes it. The writer's end of the queue fails once this has returned.
+/// Sends what the writer makes, as it makes it, until it has `failed`. The writer's end of the queue fails once this has returned.
 async fn forward(
     upload: &mut BlobUpload,
     mut pieces: mpsc::Receiver<Bytes>,
+    failed: &AtomicBool,
 ) -> Result<(), peel_registry::Error> {
     while let Some(piece) = pieces.recv().await {
+        if failed.load(Ordering::Relaxed) {
+            break;
+        }
         upload.write(piece).await?;
     }
     Ok(())
@@ -423,12 +439,23 @@ async fn diff_id(blob: &Blob) -> anyhow::Result<Digest> {
 fn keeps_tar(format: Format, job: &Job) -> bool {
     let rewritten = layers::annotation(&job.descriptor, annotations::TOC_DIGEST).is_some();
     match format {
-        Format::Estargz { keep_diff_id, .. } => keep_diff_id,
+        Format::Estargz { .. } => keeps_diff_id(format),
         Format::ZstdChunked { dialect, .. } => {
             dialect == Dialect::Podman && job.first.is_empty() && !rewritten
         }
         Format::Gzip { .. } | Format::Zstd { .. } | Format::Plain => !rewritten,
     }
+}
+
+/// Whether the DiffID is to stay what it is.
+fn keeps_diff_id(format: Format) -> bool {
+    matches!(
+        format,
+        Format::Estargz {
+            keep_diff_id: true,
+            ..
+        }
+    )
 }
 
 /// OCI's media type of the layers of a format.

@@ -7,10 +7,11 @@
 //! Every arrow is a bounded queue, so that a slow network holds the writer up instead of filling memory. Whichever end fails
 //! ends the others: a queue without its other end is an error.
 
-use std::io::{self, Read, Write};
-use std::path::PathBuf;
+use std::fs::File;
+use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc as blocking;
 
 use anyhow::Context;
@@ -32,16 +33,26 @@ const WRITTEN: usize = 32;
 pub struct Sink {
     pieces: mpsc::Sender<Bytes>,
     gathered: Vec<u8>,
+    failed: Arc<AtomicBool>,
 }
 
 /// A sink and its other end.
 pub fn sink() -> (Sink, mpsc::Receiver<Bytes>) {
     let (pieces, receiver) = mpsc::channel(WRITTEN);
-    let gathered = Vec::with_capacity(PIECE);
-    (Sink { pieces, gathered }, receiver)
+    let sink = Sink {
+        pieces,
+        gathered: Vec::with_capacity(PIECE),
+        failed: Arc::default(),
+    };
+    (sink, receiver)
 }
 
 impl Sink {
+    /// Whether nobody needs what is on its way any more: the writer has failed.
+    pub fn failed(&self) -> Arc<AtomicBool> {
+        Arc::clone(&self.failed)
+    }
+
     fn send(&mut self) -> io::Result<()> {
         if self.gathered.is_empty() {
             return Ok(());
@@ -148,10 +159,13 @@ pub fn write(
 ) -> anyhow::Result<(Written, Option<Digest>)> {
     let dir = temporary_directory();
     let elsewhere = || format!("temporary file in {}; TMPDIR names another place", dir.display());
-    // Without a name, so that nothing is left when this process is killed.
-    let spool = tempfile::tempfile_in(&dir).with_context(elsewhere)?;
+    let spool = Spool {
+        dir: &dir,
+        file: None,
+    };
     let mut tar = Inflated::start(compressed, hash).context("thread")?;
     let written = write::write(&mut tar, spool, &mut sink, options);
+    sink.failed.store(written.is_err(), Ordering::Relaxed);
     let written = match written {
         Err(error @ WriteError::Spool(_)) => return Err(error).with_context(elsewhere),
         result => result?,
@@ -160,6 +174,45 @@ pub fn write(
     // The digest is that of the whole stream, whatever the writer needed of it.
     io::copy(&mut tar, &mut io::sink()).context("rest of the layer")?;
     Ok((written, tar.hasher.map(Hasher::finish)))
+}
+
+/// A temporary file that is made when it is needed: most layers need none.
+struct Spool<'a> {
+    dir: &'a Path,
+    file: Option<File>,
+}
+
+impl Spool<'_> {
+    fn file(&mut self) -> io::Result<&mut File> {
+        let file = match self.file.take() {
+            Some(file) => file,
+            // Without a name, so that nothing is left when this process is killed.
+            None => tempfile::tempfile_in(self.dir)?,
+        };
+        Ok(self.file.insert(file))
+    }
+}
+
+impl Read for Spool<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        self.file()?.read(buffer)
+    }
+}
+
+impl Write for Spool<'_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.file()?.write(bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.file()?.flush()
+    }
+}
+
+impl Seek for Spool<'_> {
+    fn seek(&mut self, to: SeekFrom) -> io::Result<u64> {
+        self.file()?.seek(to)
+    }
 }
 
 /// sha256 of the uncompressed stream. Blocks.
