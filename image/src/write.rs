@@ -22,8 +22,8 @@
 //! | zstd:chunked (Podman) | kept byte for byte, unless files move, or paths occur twice (the last one stays), or an entry means something else to Podman (GNU sparse files, global PAX headers, volume labels): such entries get new headers |
 //! | gzip, zstd, plain | kept byte for byte, but for TOC and landmarks of an eStargz layer: [`mod@plain`] |
 //!
-//! Memory is bounded by the work in flight (below 100 MiB), where there is a spool by the first 64 MiB of the spool (none of it with chunks above
-//! 4 MiB), about 80 bytes per entry beside its path and as much again while the order is made, and the compressed TOC: with a
+//! Memory is bounded by the work in flight (below 100 MiB), the first 16 MiB of the spool where there is one (none of it with
+//! chunks above 4 MiB), about 80 bytes per entry beside its path and as much again while the order is made, and the compressed TOC: with a
 //! million entries below 256 MiB. The spool holds the compressed chunks and, compressed many at a time, the headers: less than
 //! the blob.
 

@@ -9,8 +9,8 @@
 //!
 //! Memory: a writer takes less than 100 MiB, queues and unconfirmed pieces of an upload add 20 MiB. Twice that stays below the
 //! 256 MiB that a conversion may take. What a writer keeps of each entry adds to that: layers above [`LARGE_LAYER`] may have
-//! a million of them and go alone. So do all layers with chunks above [`LARGE_CHUNK`], which are held several times over, and
-//! with levels of zstd from [`LARGE_LEVEL`] on.
+//! a million of them and go alone. So do all layers with chunks above [`LARGE_CHUNK`] or with chunks that share streams, which
+//! are held several times over, and with levels of zstd from [`LARGE_LEVEL`] on.
 
 pub mod earlier;
 mod layer;
@@ -92,7 +92,7 @@ impl Settings {
                 chunk_size,
                 min_chunk_size,
                 ..
-            } => chunk_size.max(min_chunk_size) > LARGE_CHUNK,
+            } => chunk_size > LARGE_CHUNK || min_chunk_size > 0,
             Format::ZstdChunked {
                 chunk_size, level, ..
             } => chunk_size > LARGE_CHUNK || level >= LARGE_LEVEL,

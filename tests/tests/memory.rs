@@ -22,10 +22,16 @@ fn a_conversion_needs_less_than_256_mib() {
     let world = World::new();
     let registry = world.registry();
     let source = push(&registry, "app", "plain", &[Layer::plain(&tar)]);
+    // With files that come first, layers go through the spool.
+    let record = world.path("record.jsonl");
+    std::fs::write(&record, "{\"path\":\"two\"}\n").unwrap();
+    let record = record.to_str().unwrap();
     let stargz = ["--zstdchunked", "--dialect", "stargz", "--zstdchunked-chunk-size"];
     let cases: &[&[&str]] = &[
         &["--estargz"],
         &["--estargz", "--estargz-chunk-size", LARGEST],
+        &["--estargz", "--estargz-min-chunk-size", "262144"],
+        &["--estargz", "--estargz-record-in", record],
         &["--estargz", "--estargz-min-chunk-size", LARGEST],
         &["--zstdchunked"],
         &["--zstdchunked", "--zstdchunked-compression-level", "22"],
@@ -61,11 +67,16 @@ fn nor_does_one_to_a_slow_target_need_more() {
         rtt: Duration::from_millis(1),
         bits_per_second: 200_000_000,
     };
+    let record = world.path("record.jsonl");
+    std::fs::write(&record, "{\"path\":\"file\"}\n").unwrap();
+    let record = record.to_str().unwrap();
     let link = Link::start(registry.addr(), shape).unwrap();
     let cases: &[&[&str]] = &[
         &["--estargz"],
         &["--estargz", "--estargz-chunk-size", "33554432"],
+        &["--estargz", "--estargz-min-chunk-size", "262144"],
         &["--zstdchunked"],
+        &["--zstdchunked", "--zstdchunked-record-in", record],
         &[
             "--zstdchunked",
             "--dialect",

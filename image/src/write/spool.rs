@@ -12,9 +12,9 @@ use bytes::Bytes;
 
 use super::record::{Chunk, Record};
 
-/// Most bytes that stay in memory: as much as fits beside all the rest into 256 MiB. Few in unit tests, whose layers are
-/// small and shall get into the file.
-pub(super) const MEMORY: u64 = if cfg!(test) { 4 << 10 } else { 64 << 20 };
+/// Most bytes that stay in memory: all of many small layers, and little beside the work in flight, since two layers may be
+/// under way. Few in unit tests, whose layers are small and shall get into the file.
+pub(super) const MEMORY: u64 = if cfg!(test) { 4 << 10 } else { 16 << 20 };
 /// What a piece in memory costs beside its bytes.
 const PIECE_COST: u64 = 64;
 /// Bytes gathered before the file is touched.
