@@ -16,7 +16,7 @@ use peel_bench::measuring;
 use peel_bench::pair::{Comparisons, timed};
 use peel_bench::usage::{self, Usage};
 use peel_bench::usr;
-use peel_image::write::{Dialect, Format, Options, write};
+use peel_image::write::{Dialect, Duplicates, Format, Options, write};
 
 /// Threads of `zstd`, as many as the machine has that the ratio is meant for.
 const ZSTD_THREADS: &str = "-T2";
@@ -42,8 +42,10 @@ impl<'a> Side<'a> {
     fn ours(&self, format: Format) -> anyhow::Result<Duration> {
         let (input, directory) = (File::open(self.tar)?, self.tar.parent().unwrap_or(Path::new(".")));
         let spool = tempfile::tempfile_in(directory)?;
+        // As `peel convert` begins every layer.
         let options = Options {
             format,
+            duplicates: Duplicates::Refuse,
             ..Options::default()
         };
         timed(|| {
