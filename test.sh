@@ -1,6 +1,5 @@
 #!/bin/sh
 # Runs every check: formatting, lints, licences, then unit, property and end-to-end tests. Needs root for mounts.
-# PEEL_VECTORS names the directory of test vectors; ../shared/vectors when it is not set.
 set -eu
 cd "$(dirname "$0")"
 . ./.ci/lib.sh
@@ -10,8 +9,6 @@ need_packages gcc libc6-dev curl tar python3 ca-certificates openssl procps \
 	erofs-utils e2fsprogs busybox-static docker-registry nginx apache2-utils skopeo umoci containerd runc \
 	podman mmdebstrap debian-archive-keyring
 need_cargo
-PEEL_VECTORS=${PEEL_VECTORS:-$(cd .. && pwd)/shared/vectors}
-export PEEL_VECTORS
 
 run cargo fmt --all --check
 run cargo clippy --workspace --all-targets --locked -- -D warnings

@@ -14,7 +14,7 @@ as_root_run() {
 	if [ "$(id -u)" = 0 ]; then
 		run "$@"
 	else
-		run sudo --preserve-env=PATH,HOME,CARGO_HOME,RUSTUP_HOME,CARGO_TARGET_DIR,PEEL_VECTORS "$@"
+		run sudo --preserve-env=PATH,HOME,CARGO_HOME,RUSTUP_HOME,CARGO_TARGET_DIR "$@"
 	fi
 }
 

@@ -29,18 +29,19 @@ use peel_fs::Options;
 use peel_image::Digest;
 
 use forge::{Forge, Forged, noise};
+use peel_testkit::vectors;
 use registry::Registry;
-use support::{Host, eventually, expected, layer, place, vectors};
+use support::{Host, eventually, expected, layer, place};
 
 /// A file of several chunks.
 const BIG: &str = "usr/lib/big.bin";
 
 fn oci(tag: &str) -> String {
-    format!("oci:{}:{tag}", vectors().join("oci").display())
+    vectors::image(tag)
 }
 
 fn registry() -> Registry {
-    Registry::start(&vectors().join("oci"))
+    Registry::start(&vectors::layout())
 }
 
 fn digest_of(path: &std::path::Path) -> Digest {

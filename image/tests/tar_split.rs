@@ -1,12 +1,10 @@
 //! The tar-splits of layers that Podman and Skopeo made: written again they are the same lines, and with the contents
 //! they give the layer's tar stream back, and so its DiffID.
-//!
-//! The vectors are looked for in `$PEEL_VECTORS`, else beside the checkout; without them the tests fail.
 
 #![expect(clippy::unwrap_used, reason = "helpers of tests fail by panicking")]
 
 use std::collections::HashMap;
-use std::fs::{self, File};
+use std::fs::File;
 use std::io::{self, Cursor, Read};
 use std::path::PathBuf;
 
@@ -14,54 +12,26 @@ use peel_image::compression::{Guard, decoder};
 use peel_image::tar::{Reader as TarReader, TarKind};
 use peel_image::tar_split::{Crc64, Item, Reader, TRAILER_PIECE, Writer, rebuild};
 use peel_image::{Digest, Hasher};
-use serde_json::Value;
-
-fn vectors() -> PathBuf {
-    let default = || PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../../shared/vectors"));
-    let path = std::env::var_os("PEEL_VECTORS").map_or_else(default, PathBuf::from);
-    assert!(
-        path.join("expected.jsonl").is_file(),
-        "{} holds no vectors: set PEEL_VECTORS to their directory",
-        path.display()
-    );
-    path
-}
-
-fn blob(digest: &Value) -> PathBuf {
-    let digest: Digest = digest.as_str().unwrap().parse().unwrap();
-    vectors().join("oci/blobs/sha256").join(digest.hex())
-}
-
-fn json(path: PathBuf) -> Value {
-    serde_json::from_slice(&fs::read(path).unwrap()).unwrap()
-}
+use peel_testkit::vectors;
 
 /// For each layer of `tag`: its blob, its tar-split and its DiffID.
 fn layers(tag: &str) -> Vec<(PathBuf, Vec<u8>, Digest)> {
     const POSITION: &str = "io.github.containers.zstd-chunked.tarsplit-position";
-    let index = json(vectors().join("oci/index.json"));
-    let named = |entry: &&Value| entry["annotations"]["org.opencontainers.image.ref.name"] == tag;
-    let entry = index["manifests"].as_array().unwrap().iter().find(named).unwrap();
-    let manifest = json(blob(&entry["digest"]));
-    let config = json(blob(&manifest["config"]["digest"]));
-    let diff_ids = config["rootfs"]["diff_ids"].as_array().unwrap();
-    let layers = manifest["layers"].as_array().unwrap();
-    assert_eq!(layers.len(), diff_ids.len());
-    let read = |(layer, diff_id): (&Value, &Value)| {
-        let path = blob(&layer["digest"]);
-        let position = layer["annotations"][POSITION].as_str().unwrap();
+    let read = |layer: &vectors::Layer| {
+        let position = layer.annotation(POSITION).unwrap();
         let numbers: Vec<usize> = position
             .split(':')
             .map(|number| number.parse().unwrap())
             .collect();
-        let compressed = fs::read(&path).unwrap()[numbers[0]..][..numbers[1]].to_vec();
+        let compressed = layer.blob()[numbers[0]..][..numbers[1]].to_vec();
         let mut lines = Vec::new();
         let (_, mut plain) = decoder(Cursor::new(compressed), Guard::default()).unwrap();
         plain.read_to_end(&mut lines).unwrap();
         assert_eq!(lines.len(), numbers[2]);
-        (path, lines, diff_id.as_str().unwrap().parse().unwrap())
+        let diff_id = layer.diff_id.as_ref().unwrap();
+        (layer.path.clone(), lines, diff_id.parse().unwrap())
     };
-    layers.iter().zip(diff_ids).map(read).collect()
+    vectors::layers(tag).iter().map(read).collect()
 }
 
 fn plain(path: &PathBuf) -> Box<dyn Read + Send> {

@@ -1,6 +1,5 @@
 //! The built program against images that upstream's tools made: every command once, and what must hold when things are
-//! killed. Needs root, the kernel features that `peel doctor` names, python3 and the vectors (`PEEL_VECTORS`, or
-//! `../shared/vectors` beside the workspace).
+//! killed. Needs root, the kernel features that `peel doctor` names, and python3.
 
 #[path = "smoke/world.rs"]
 mod world;

@@ -8,63 +8,11 @@ use std::process::{Child, ChildStdin, ChildStdout, Command, ExitStatus, Output, 
 use std::time::{Duration, Instant};
 
 use peel::demo::registry::Registry;
+pub use peel_testkit::vectors::{TAGS, expected_listing, image as vector, listing};
 use rustix::process::{Pid, Signal};
-
-/// The images of the vectors; all have the same tree. The TOC images beside two of them are none.
-pub const TAGS: &[&str] = &[
-    "org",
-    "esgz",
-    "esgz-opt",
-    "esgz-chunk64k",
-    "esgz-min50k",
-    "esgz-ext",
-    "esgz-keep",
-    "zstd-stargz",
-    "zstd-stargz-opt",
-    "zstd-podman",
-    "zstd-skopeo",
-];
 
 /// How long any command may take before it counts as hanging. Debug builds on a busy machine are slow.
 pub const DEADLINE: Duration = Duration::from_secs(240);
-
-/// The directory of vectors: `PEEL_VECTORS`, or `../shared/vectors` beside the workspace.
-pub fn vectors() -> PathBuf {
-    let default = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../shared/vectors");
-    let dir = std::env::var_os("PEEL_VECTORS").map_or(default, PathBuf::from);
-    assert!(
-        dir.join("oci/index.json").exists(),
-        "no vectors in {}: set PEEL_VECTORS to their directory",
-        dir.display()
-    );
-    dir.canonicalize().unwrap()
-}
-
-/// Name of an image of the vectors.
-pub fn vector(tag: &str) -> String {
-    format!("oci:{}/oci:{tag}", vectors().display())
-}
-
-/// The listing that every image of the vectors has.
-pub fn expected_listing() -> String {
-    fs::read_to_string(vectors().join("expected.jsonl")).unwrap()
-}
-
-/// The listing of a tree, by the vectors' own script.
-pub fn listing(dir: &Path) -> String {
-    let output = Command::new("python3")
-        .arg(vectors().join("listing.py"))
-        .arg(dir)
-        .output()
-        .unwrap();
-    assert!(
-        output.status.success(),
-        "listing of {}: {}",
-        dir.display(),
-        errors(&output)
-    );
-    String::from_utf8(output.stdout).unwrap()
-}
 
 /// Compares a tree with the vectors' listing, line by line so that the first difference shows.
 pub fn assert_expected(dir: &Path, what: &str) {

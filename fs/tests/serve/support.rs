@@ -1,7 +1,6 @@
 //! What the tests share: vectors, services on temporary stores, and mounts that are cleaned up.
 
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -10,21 +9,8 @@ use peel_image::estargz;
 use peel_image::layer::{ChunkSource, EntryKind, LayerIndex};
 use peel_registry::ClientOptions;
 use peel_store::Store;
+use peel_testkit::vectors;
 use rustix::mount::{MoveMountFlags, UnmountFlags};
-
-/// Directory of the vectors: `$PEEL_VECTORS`, else beside the workspace.
-pub(crate) fn vectors() -> PathBuf {
-    let path = std::env::var_os("PEEL_VECTORS").map_or_else(
-        || Path::new(env!("CARGO_MANIFEST_DIR")).join("../../shared/vectors"),
-        PathBuf::from,
-    );
-    assert!(
-        path.join("oci/index.json").exists(),
-        "the vectors are not in {}: set PEEL_VECTORS to their directory",
-        path.display()
-    );
-    path.canonicalize().unwrap()
-}
 
 /// A service on a store of its own.
 #[derive(Debug)]
@@ -166,17 +152,7 @@ impl Mount {
 
     /// What `listing.py` of the vectors says of it.
     pub(crate) fn listing(&self) -> Vec<String> {
-        let output = Command::new("python3")
-            .arg(vectors().join("listing.py"))
-            .arg(self.directory.path())
-            .output()
-            .unwrap();
-        assert!(
-            output.status.success(),
-            "listing.py: {}",
-            String::from_utf8_lossy(&output.stderr)
-        );
-        lines(&output.stdout)
+        lines(&vectors::listing(self.directory.path()))
     }
 }
 
@@ -188,39 +164,23 @@ impl Drop for Mount {
 
 /// The listing that every image of the vectors must have.
 pub(crate) fn expected() -> Vec<String> {
-    lines(&std::fs::read(vectors().join("expected.jsonl")).unwrap())
+    lines(&vectors::expected_listing())
 }
 
-fn lines(bytes: &[u8]) -> Vec<String> {
-    String::from_utf8_lossy(bytes)
-        .lines()
-        .map(str::to_owned)
-        .collect()
+fn lines(text: &str) -> Vec<String> {
+    text.lines().map(str::to_owned).collect()
 }
 
 /// A lazy layer of an image of the vectors: blob digest as hexadecimal digits, and index.
 pub(crate) fn layer(tag: &str, position: usize) -> (String, LayerIndex) {
-    let oci = vectors().join("oci");
-    let read = |path: PathBuf| -> serde_json::Value {
-        serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap()
-    };
-    let index = read(oci.join("index.json"));
-    let manifest = index["manifests"]
-        .as_array()
-        .unwrap()
-        .iter()
-        .find(|entry| entry["annotations"]["org.opencontainers.image.ref.name"] == tag)
-        .unwrap();
-    let hex = |digest: &serde_json::Value| digest.as_str().unwrap().trim_start_matches("sha256:").to_owned();
-    let manifest = read(oci.join("blobs/sha256").join(hex(&manifest["digest"])));
-    let blob = hex(&manifest["layers"][position]["digest"]);
-    let bytes = std::fs::read(oci.join("blobs/sha256").join(&blob)).unwrap();
+    let layer = &vectors::layers(tag)[position];
+    let bytes = layer.blob();
     let location = estargz::locate(&bytes, bytes.len() as u64).unwrap();
     let from = usize::try_from(location.payload_end).unwrap();
     let length = usize::try_from(location.toc_size).unwrap();
     let toc = estargz::extract_toc(&bytes[from..from + length]).unwrap();
     (
-        blob,
+        layer.digest.trim_start_matches("sha256:").to_owned(),
         estargz::read_index(&toc.json, location.payload_end).unwrap(),
     )
 }

@@ -1,9 +1,8 @@
 //! What the tests of this module share: the layers that upstream's tools made, and a plain way to decode a chunk.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
 
-use serde_json::Value;
+use peel_testkit::vectors;
 
 use super::{TocBytes, extract_toc, locate, read_index};
 use crate::annotations::TOC_DIGEST;
@@ -36,44 +35,21 @@ pub(crate) fn open(blob: &[u8]) -> (TocBytes, LayerIndex) {
     (toc, index)
 }
 
-fn vectors() -> PathBuf {
-    let fallback = concat!(env!("CARGO_MANIFEST_DIR"), "/../../shared/vectors");
-    let path = std::env::var_os("PEEL_VECTORS").map_or_else(|| fallback.into(), PathBuf::from);
-    assert!(
-        path.join("oci/index.json").is_file(),
-        "no vectors in {}: set PEEL_VECTORS to the directory that holds them",
-        path.display()
-    );
-    path
-}
-
 /// The layers of one image of the vectors, lowest first.
 pub(crate) fn layers(tag: &str) -> Vec<VectorLayer> {
-    let oci = vectors().join("oci");
-    let blob = |digest: &Value| {
-        let digest = digest.as_str().unwrap().replace(':', "/");
-        std::fs::read(oci.join("blobs").join(digest)).unwrap()
-    };
-    let index: Value = serde_json::from_slice(&std::fs::read(oci.join("index.json")).unwrap()).unwrap();
-    let named = |entry: &&Value| entry["annotations"]["org.opencontainers.image.ref.name"] == tag;
-    let entry = index["manifests"].as_array().unwrap().iter().find(named);
-    let mut manifest: Value = serde_json::from_slice(&blob(&entry.unwrap()["digest"])).unwrap();
-    if let Some(platform) = manifest["manifests"].get(0) {
-        manifest = serde_json::from_slice(&blob(&platform["digest"])).unwrap();
-    }
-    let layer = |layer: &Value| VectorLayer {
-        annotations: layer["annotations"]
+    let layer = |layer: &vectors::Layer| VectorLayer {
+        annotations: layer.descriptor["annotations"]
             .as_object()
             .into_iter()
             .flatten()
             .map(|(name, value)| (name.clone(), value.as_str().unwrap().to_owned()))
             .collect(),
-        blob: blob(&layer["digest"]),
-        toc_digest: layer["annotations"][TOC_DIGEST]
-            .as_str()
+        blob: layer.blob(),
+        toc_digest: layer
+            .annotation(TOC_DIGEST)
             .map_or(Digest::EMPTY, |text| text.parse().unwrap()),
     };
-    manifest["layers"].as_array().unwrap().iter().map(layer).collect()
+    vectors::layers(tag).iter().map(layer).collect()
 }
 
 /// The uncompressed bytes of a chunk.

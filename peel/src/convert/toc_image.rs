@@ -84,6 +84,7 @@ pub fn manifest(tocs: &[Toc]) -> anyhow::Result<Vec<u8>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use peel_testkit::vectors;
 
     #[test]
     fn names_beside_the_target() {
@@ -118,13 +119,8 @@ mod tests {
         };
         let (one, two) = (toc("one", 1), toc("two", 2));
         let made: Value = serde_json::from_slice(&manifest(&[two, one, two]).unwrap()).unwrap();
-        let dir = match std::env::var_os("PEEL_VECTORS") {
-            Some(dir) => std::path::PathBuf::from(dir),
-            None => std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../shared/vectors"),
-        };
-        let blob = "oci/blobs/sha256/f80b414621def3e4d31281e3d97e0bc52c99d7c8b7e60dfdb71042e71cf67d69";
-        let bytes = std::fs::read(dir.join(blob))
-            .unwrap_or_else(|error| panic!("no vectors in {}: {error}; set PEEL_VECTORS", dir.display()));
+        let blob = "sha256:f80b414621def3e4d31281e3d97e0bc52c99d7c8b7e60dfdb71042e71cf67d69";
+        let bytes = std::fs::read(vectors::blob_path(blob)).unwrap();
         let mut upstream: Value = serde_json::from_slice(&bytes).unwrap();
         let mut expected = [one, two];
         expected.sort_by_key(|toc| toc.digest.to_string());

@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, ExitStatus, Output, Stdio};
 use std::time::{Duration, Instant};
 
+use peel_testkit::vectors;
 use serde_json::Value;
 
 /// How long anything may take before it counts as hanging.
@@ -19,7 +20,6 @@ const DEADLINE: Duration = Duration::from_secs(60);
 pub(crate) struct World {
     root: tempfile::TempDir,
     store: PathBuf,
-    vectors: PathBuf,
 }
 
 /// A path of ours as an argument.
@@ -51,19 +51,10 @@ impl World {
             rustix::process::geteuid().is_root(),
             "these tests mount file systems: run them as root"
         );
-        let workspace = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
-        let vectors = std::env::var_os("PEEL_VECTORS")
-            .map_or_else(|| workspace.join("../shared/vectors"), PathBuf::from);
-        assert!(
-            vectors.join("oci/index.json").exists(),
-            "no vectors in {}: set PEEL_VECTORS to their directory",
-            vectors.display()
-        );
         let root = tempfile::tempdir().unwrap();
         Self {
             store: root.path().join("store"),
             root,
-            vectors: vectors.canonicalize().unwrap(),
         }
     }
 
@@ -97,7 +88,7 @@ impl World {
 
     /// Name of an image of the vectors.
     pub(crate) fn vector(&self, tag: &str) -> String {
-        format!("oci:{}:{tag}", text(&self.vectors.join("oci")))
+        vectors::image(tag)
     }
 
     pub(crate) fn command(&self, arguments: &[&str]) -> Command {
@@ -160,14 +151,7 @@ impl World {
 
     /// Compares a mounted tree with what containerd unpacks.
     pub(crate) fn assert_listing(&self, dir: &Path, what: &str) {
-        let output = Command::new("timeout")
-            .args([&DEADLINE.as_secs().to_string(), "python3"])
-            .arg(self.vectors.join("listing.py"))
-            .arg(dir)
-            .output()
-            .unwrap();
-        assert!(output.status.success(), "{what}: {output:?}");
-        let listing = String::from_utf8(output.stdout).unwrap();
+        let listing = vectors::listing(dir);
         let expected = self.expected();
         for (line, wanted) in listing.lines().zip(expected.lines()) {
             assert_eq!(line, wanted, "{what}");
@@ -176,7 +160,7 @@ impl World {
     }
 
     fn expected(&self) -> String {
-        std::fs::read_to_string(self.vectors.join("expected.jsonl")).unwrap()
+        vectors::expected_listing()
     }
 
     /// Number of entries of the vectors' tree.

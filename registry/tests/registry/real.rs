@@ -9,7 +9,8 @@ use peel_registry::{ClientOptions, Error, ImageName, ResolvedImage, Source, Targ
 
 use crate::auth::{with_config, with_password};
 use crate::fake::options;
-use crate::services::{docker_registry, nginx, run, vectors};
+use crate::services::{docker_registry, nginx, run};
+use peel_testkit::vectors;
 
 const LIMIT: u64 = 64 << 20;
 
@@ -23,7 +24,7 @@ async fn open(name: &str, options: &ClientOptions) -> (Source, ResolvedImage) {
 }
 
 async fn open_vector(tag: &str) -> (Source, ResolvedImage) {
-    open(&format!("oci:{}:{tag}", vectors().display()), &options()).await
+    open(&vectors::image(tag), &options()).await
 }
 
 fn blobs(image: &ResolvedImage) -> Vec<Descriptor> {
@@ -285,7 +286,7 @@ async fn layouts_as_sources_and_targets() {
 
 #[tokio::test]
 async fn names_of_local_places_that_do_not_fit() {
-    let vectors = vectors();
+    let vectors = vectors::layout();
     let layout = vectors.display();
     for (name, reason) in [
         (format!("oci:{layout}"), "its tags are: org, esgz"),
@@ -307,7 +308,7 @@ async fn names_of_local_places_that_do_not_fit() {
 
 fn skopeo_copy(tag: &str, to: &str) {
     run(Command::new("skopeo")
-        .args(["copy", "-q", &format!("oci:{}:{tag}", vectors().display())])
+        .args(["copy", "-q", &vectors::image(tag)])
         .arg(to));
 }
 

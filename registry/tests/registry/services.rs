@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::net::{TcpListener, TcpStream};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -173,19 +173,4 @@ pub(crate) fn run(command: &mut Command) -> Vec<u8> {
     let said = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{command:?}: {}\n{said}", output.status);
     output.stdout
-}
-
-/// The layout of images made by upstream tools.
-pub(crate) fn vectors() -> PathBuf {
-    let dir = match std::env::var_os("PEEL_VECTORS") {
-        Some(dir) => PathBuf::from(dir),
-        None => Path::new(env!("CARGO_MANIFEST_DIR")).join("../../shared/vectors"),
-    };
-    let layout = dir.join("oci");
-    assert!(
-        layout.join("index.json").is_file(),
-        "the test vectors are not at {}; set PEEL_VECTORS to their directory",
-        dir.display()
-    );
-    layout
 }
