@@ -8,8 +8,8 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use crate::digest::Digest;
 use crate::path::EntryPath;
+use peel_hash::Digest;
 
 /// Permission, set-id and sticky bits: all that [`Metadata::mode`] may hold.
 pub const MODE_MASK: u16 = 0o7777;

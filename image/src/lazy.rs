@@ -32,12 +32,12 @@ use serde::{Serialize, Serializer};
 pub use candidate::Candidate;
 pub use reason::NotLazy;
 
-use crate::digest::Digest;
 use crate::estargz;
 use crate::estargz::index::Rules;
 use crate::estargz::toc::{Json, extract_json};
 use crate::layer::{Chunk, ChunkSource, EntryKind, LayerIndex};
 use crate::zstd_chunked::{self, Dialect};
+use peel_hash::Digest;
 
 /// Largest chunk that is served lazily, in bytes: a chunk is decompressed and verified in memory as a whole. Builders write 4 MiB
 /// by default, and Podman's chunks are seldom larger than some MiB.

@@ -1,6 +1,5 @@
 //! What an image is, without any I/O of its own: bytes come in as slices or `Read`, and go out as values or `Write`.
 //!
-//! * [`digest`]: content addresses (sha256).
 //! * [`layer`]: the format-independent model of one layer: entries, file chunks and where they lie in the blob.
 //! * [`tar`]: reading and writing tar streams; [`compression`]: telling and undoing gzip and zstd.
 //! * [`tar_split`]: a tar stream without its contents, and made again from them.
@@ -16,7 +15,6 @@
 
 pub mod annotations;
 pub mod compression;
-pub mod digest;
 pub mod estargz;
 pub mod layer;
 pub mod lazy;
@@ -30,5 +28,5 @@ pub mod views;
 pub mod write;
 pub mod zstd_chunked;
 
-pub use digest::{Digest, Hasher};
 pub use estargz::time::format as format_time;
+pub use peel_hash::{Digest, DigestError, Hasher};

@@ -19,8 +19,8 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use serde::{Deserialize, Serialize};
 
-use crate::digest::{Digest, DigestError};
 use crate::path::{EntryPath, PathError};
+use peel_hash::{Digest, DigestError};
 
 /// Longest line in bytes: a name of `PATH_MAX` bytes, each written as an escape of six, once more in base 64, and the rest.
 pub const LINE_MAX: u64 = 64 << 10;

@@ -22,9 +22,9 @@ mod walk;
 
 use std::collections::BTreeMap;
 
-use crate::digest::Digest;
 use crate::layer::{Device, LayerIndex, Metadata};
 use crate::path::EntryPath;
+use peel_hash::Digest;
 
 pub use walk::{ResolveError, Walk};
 

@@ -39,7 +39,7 @@ mod pack;
 pub mod plain;
 mod pool;
 mod record;
-mod rolling;
+
 mod room;
 mod sink;
 mod spool;
@@ -52,7 +52,6 @@ use std::collections::{BTreeMap, HashMap};
 use std::io::{self, Read, Seek, Write};
 use std::thread;
 
-use crate::digest::Digest;
 use crate::estargz::index::RECORDS_MAX;
 use crate::estargz::{NO_PREFETCH_LANDMARK, PREFETCH_LANDMARK, TOC_JSON_MAX, TOC_NAME};
 use crate::path::EntryPath;
@@ -61,6 +60,7 @@ use assembly::Sequence;
 use coder::Coding;
 use order::{Missing, Order, Orphans, sort};
 use outlet::Spooled;
+use peel_hash::Digest;
 use pool::WorkerLost;
 use spool::Spool;
 use toc::Shape;

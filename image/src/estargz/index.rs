@@ -21,8 +21,8 @@ use parts::Plan;
 
 use super::TOC_JSON_MAX;
 use super::toc::TocError;
-use crate::digest::Digest;
 use crate::layer::{Encoding, LayerIndex};
+use peel_hash::Digest;
 
 /// Most entries, chunks and extended attributes of one layer, counted together. The largest layers of public images have a
 /// few hundred thousand; each costs a reader some hundred bytes of memory, whatever the length of its JSON.

@@ -7,8 +7,8 @@ use peel_testkit::vectors;
 use super::{TocBytes, extract_toc, locate, read_index};
 use crate::annotations::TOC_DIGEST;
 use crate::compression::decode_chunk;
-use crate::digest::Digest;
 use crate::layer::{Chunk, ChunkSource, Encoding, LayerIndex};
+use peel_hash::Digest;
 
 /// A layer blob of the vectors.
 pub(crate) struct VectorLayer {

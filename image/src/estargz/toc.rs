@@ -13,9 +13,9 @@ use serde::{Deserialize, Serialize};
 
 use super::{TOC_JSON_MAX, TOC_MEMBER_MAX, TOC_NAME};
 use crate::compression::{CompressionError, inflate_member};
-use crate::digest::Digest;
 use crate::path::PathError;
 use crate::tar::{self, TarError, TarKind};
+use peel_hash::Digest;
 
 /// The JSON of a TOC and its digest.
 #[derive(Debug, Clone, PartialEq, Eq)]

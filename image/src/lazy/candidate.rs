@@ -4,13 +4,13 @@ use std::ops::Range;
 
 use super::{Format, HoleBudget, Located, NotLazy, Origin, Over, Toc, TocState, find_holes, unservable};
 use crate::annotations as names;
-use crate::digest::Digest;
 use crate::estargz::footer::{EXTERNAL_FOOTER, Footer};
 use crate::estargz::index::{Unusable, read_index_by, read_verified};
 use crate::estargz::{self, FooterError, TOC_MEMBER_MAX};
 use crate::layer::{Encoding, LayerIndex};
 use crate::media;
 use crate::zstd_chunked::{self, Dialect, Position};
+use peel_hash::Digest;
 
 /// Smallest guess of the length of TOC and footer.
 const GUESS_MIN: u64 = 64 << 10;

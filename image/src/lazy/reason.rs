@@ -2,8 +2,8 @@
 
 use super::{CHUNK_MAX, Format, LAYER_ZEROS_MAX, ZEROS_MAX};
 use crate::annotations::{PODMAN_MANIFEST_CHECKSUM, TOC_DIGEST};
-use crate::digest::Digest;
 use crate::estargz::TocError;
+use peel_hash::Digest;
 
 /// Why a layer cannot be served file by file. The texts begin with "it" or "its", for the layer.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

@@ -4,9 +4,9 @@
 use std::io::{self, Read};
 
 use super::{Reader, TarEntry, TarError, TarKind, TarProblem, Trailer, len64};
-use crate::digest::{Digest, Hasher};
 use crate::layer::{Entry, EntryKind, FileContent, LayerIndex};
 use crate::path::EntryPath;
+use peel_hash::{Digest, Hasher};
 
 /// Most entries of a layer. The largest images known have some hundred thousand; ten million entries of metadata still
 /// fit into memory.

@@ -5,9 +5,9 @@ use std::collections::{BTreeMap, HashSet, VecDeque};
 
 use super::children::Children;
 use super::{FileRef, HIDDEN, INODES_MAX, Inode, InodeId, InodeKind, SYMLINKS_MAX, Tree, TreeError};
-use crate::digest::Digest;
 use crate::layer::{Device, Entry, EntryKind, FileContent, LayerIndex, Metadata};
 use crate::path::{EntryPath, PATH_MAX, components};
+use peel_hash::Digest;
 
 const WHITEOUT: &[u8] = b".wh.";
 const OPAQUE: &[u8] = b".wh..wh..opq";

@@ -7,7 +7,7 @@ use crossbeam_channel::{Sender, bounded};
 
 use super::WriteError;
 use super::hashing::Work;
-use crate::digest::{Digest, Hasher};
+use peel_hash::{Digest, Hasher};
 
 /// zstd's skippable frame (RFC 8878, section 3.1.2), of the sixteen kinds the one that zstd:chunked uses.
 const SKIPPABLE: [u8; 4] = [0x50, 0x2a, 0x4d, 0x18];

@@ -11,7 +11,7 @@ use crossbeam_channel::{Receiver, Sender, bounded};
 
 use super::WriteError;
 use super::pack::{Batch, ROOM_MAX, each_zeros};
-use crate::digest::{Digest, Hasher};
+use peel_hash::{Digest, Hasher};
 
 /// Bytes that sha256 takes at once: a stream that is cut elsewhere is hashed more slowly.
 const BLOCK: usize = 64;

@@ -13,17 +13,17 @@ use super::outlet::Outlet;
 use super::pack::{Batch, Packed, Packer, Packing, Piece};
 use super::pool::Pool;
 use super::record::{Chunk, Entry, Record};
-use super::rolling::{Cut, Splitter};
 use super::room::Room;
 use super::tape::{self, Recording};
 use super::{HEADERS_PER_STREAM, Settings, Split, WriteError};
-use crate::digest::Digest;
 use crate::estargz::index::RECORDS_MAX;
 use crate::estargz::{LANDMARK_CONTENT, TOC_NAME, is_reserved};
 use crate::layer::Metadata;
 use crate::tar::write::{NewEntry, encode_header, padding};
 use crate::tar::{self, TarEntry, TarKind};
 use crate::tar_split::Crc64;
+use peel_hash::Digest;
+use peel_hash::rolling::{Cut, Splitter};
 
 /// Small files go to the workers together, up to this many bytes: handing over costs more than compressing one of them.
 const BATCH: usize = 1 << 20;

@@ -5,9 +5,9 @@ use super::super::toc::TocError;
 use super::super::{NO_PREFETCH_LANDMARK, PREFETCH_LANDMARK};
 use super::record::{Body, File, Piece, Record, shorten};
 use super::{RECORDS_MAX, Rules};
-use crate::digest::Digest;
 use crate::layer::{Chunk, ChunkSource, Entry, EntryKind, FileContent, LayerIndex, Metadata};
 use crate::path::EntryPath;
+use peel_hash::Digest;
 
 /// Compressed size of a chunk whose end is not known yet.
 const UNKNOWN: u64 = u64::MAX;

@@ -13,9 +13,9 @@ use crossbeam_channel::{Receiver, Sender, bounded};
 use super::build::Builder;
 use super::record::Record;
 use super::{Rules, scan, whole};
-use crate::digest::Digest;
 use crate::estargz::toc::TocEntry;
 use crate::layer::LayerIndex;
+use peel_hash::Digest;
 
 /// JSON of one part in bytes: some hundred entries, whose records stay in a processor's cache.
 const PART: usize = 128 << 10;

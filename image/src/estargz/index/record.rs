@@ -8,10 +8,10 @@ use base64::Engine as _;
 
 use super::super::time;
 use super::super::toc::{TocEntry, TocError};
-use crate::digest::Digest;
 use crate::layer::{Device, EntryKind, MODE_MASK, Metadata, Xattrs};
 use crate::path::{EntryPath, PATH_MAX};
 use crate::tar::{XATTR_NAME_MAX, XATTR_VALUE_MAX};
+use peel_hash::Digest;
 
 /// 0001-01-01T00:00:00Z in seconds since the epoch.
 const GO_ZERO_TIME: i64 = -62_135_596_800;
@@ -143,7 +143,7 @@ impl Fields<'_> {
         }
         text.parse()
             .map(Some)
-            .map_err(|error: crate::digest::DigestError| self.error(field, error.to_string()))
+            .map_err(|error: peel_hash::DigestError| self.error(field, error.to_string()))
     }
 
     fn metadata(&self) -> Result<Metadata, TocError> {

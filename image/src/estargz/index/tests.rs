@@ -3,10 +3,10 @@
 use proptest::prelude::*;
 
 use super::*;
-use crate::digest::Digest;
 use crate::estargz::testing;
 use crate::layer::{Chunk, ChunkSource, Device, Entry, EntryKind, FileContent, Metadata};
 use crate::path::EntryPath;
+use peel_hash::Digest;
 
 const A: &str = "sha256:aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa";
 const B: &str = "sha256:bbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbb";

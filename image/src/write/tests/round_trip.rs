@@ -56,7 +56,7 @@ fn a_hole_as_long_as_a_layer_takes_no_room() {
     assert_eq!(toc["entries"][0]["chunkSize"], zeros);
     assert_eq!(toc["entries"][1]["chunkSize"], 3);
     assert_eq!(toc["entries"][2]["name"], "z");
-    let mut hasher = crate::digest::Hasher::new();
+    let mut hasher = peel_hash::Hasher::new();
     let mut stream = zstd::stream::Decoder::new(blob.as_slice()).unwrap();
     let mut buffer = vec![0; 1 << 20];
     loop {

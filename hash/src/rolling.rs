@@ -1,5 +1,5 @@
 //! Where Podman cuts a file into chunks: at content-defined places, so that files that differ in one spot share their other
-//! chunks, and around runs of zeros. Called by the intake for the Podman dialect.
+//! chunks, and around runs of zeros. Called by the layer writer for the Podman dialect.
 //!
 //! The parameters are those of containers/storage (`pkg/chunked/compressor`, its rolling checksum is that of bup and perkeep),
 //! so that images made by either tool share chunks. A run of at least [`HOLE_MIN`] zeros is a chunk of its own. Elsewhere a
@@ -9,9 +9,9 @@
 mod sys;
 
 /// Zeros from which on a run of them is a hole.
-pub(super) const HOLE_MIN: u64 = 1024;
+pub const HOLE_MIN: u64 = 1024;
 /// Longest chunk of data. Podman has no limit, but a reader holds a chunk in memory; random data never comes near.
-pub(super) const DATA_MAX: usize = 32 << 20;
+pub const DATA_MAX: usize = 32 << 20;
 
 const WINDOW: usize = 64;
 const CHARACTER_OFFSET: u16 = 31;
@@ -25,7 +25,7 @@ const LANES: usize = 8;
 
 /// A piece of a file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Cut {
+pub enum Cut {
     /// A chunk of so many bytes ends here.
     Data(usize),
     /// A chunk of so many zeros ends here.
@@ -33,7 +33,8 @@ pub(super) enum Cut {
 }
 
 /// Finds the chunks of one file, block by block.
-pub(super) struct Splitter {
+#[derive(Debug)]
+pub struct Splitter {
     sums: Sums,
     /// Bytes of the current chunk of data, pending zeros left out.
     length: usize,
@@ -43,8 +44,15 @@ pub(super) struct Splitter {
     forgotten: u64,
 }
 
+impl Default for Splitter {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
 impl Splitter {
-    pub(super) fn new() -> Self {
+    /// A file of which nothing was seen yet.
+    pub fn new() -> Self {
         Self {
             sums: Sums::new(),
             length: 0,
@@ -54,7 +62,7 @@ impl Splitter {
     }
 
     /// Takes the next bytes of the file and reports the chunks that are complete.
-    pub(super) fn push(&mut self, mut block: &[u8], cut: &mut impl FnMut(Cut)) {
+    pub fn push(&mut self, mut block: &[u8], cut: &mut impl FnMut(Cut)) {
         if self.zeros > 0 {
             let more = leading_zeros(block);
             self.zeros += more as u64;
@@ -76,7 +84,7 @@ impl Splitter {
     }
 
     /// How many of the last bytes are zeros that a hole will take in, and that were not forgotten yet.
-    pub(super) fn pending_hole(&self) -> Option<usize> {
+    pub fn pending_hole(&self) -> Option<usize> {
         let there = self.zeros - self.forgotten;
         usize::try_from(there)
             .ok()
@@ -84,12 +92,12 @@ impl Splitter {
     }
 
     /// Notes that the caller keeps those zeros no longer.
-    pub(super) fn forget_pending(&mut self) {
+    pub fn forget_pending(&mut self) {
         self.forgotten = self.zeros;
     }
 
     /// Ends the file.
-    pub(super) fn finish(mut self, cut: &mut impl FnMut(Cut)) {
+    pub fn finish(mut self, cut: &mut impl FnMut(Cut)) {
         self.end_zeros(cut);
         self.end_data(cut);
     }
@@ -162,6 +170,7 @@ fn next_zeros(block: &[u8]) -> (usize, usize) {
 }
 
 /// The rolling checksum.
+#[derive(Debug)]
 struct Sums {
     first: u16,
     second: u16,
