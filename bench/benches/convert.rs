@@ -16,7 +16,7 @@ use peel_bench::measuring;
 use peel_bench::pair::{Comparisons, timed};
 use peel_bench::usage::{self, Usage};
 use peel_bench::usr;
-use peel_image::write::{Dialect, Duplicates, Format, Options, write};
+use peel_writer::{Dialect, Duplicates, Format, Options, write};
 
 /// Threads of `zstd`, as many as the machine has that the ratio is meant for.
 const ZSTD_THREADS: &str = "-T2";

@@ -20,8 +20,8 @@ use peel_bench::usage::{self, Usage};
 use peel_image::layer::LayerIndex;
 use peel_image::lazy::Candidate;
 use peel_image::tree::Tree;
-use peel_image::write::{Format, Options, write};
 use peel_image::zstd_chunked::Dialect;
+use peel_writer::{Format, Options, write};
 
 /// A lazy layer as a reader comes to know it.
 struct Layer {

@@ -8,8 +8,8 @@ use std::path::{Path, PathBuf};
 use anyhow::Context;
 use peel::demo::registry::Registry;
 use peel_image::media;
-use peel_image::write::{self, Written};
 use peel_registry::ImageName;
+use peel_writer::{self as writer, Written};
 use serde_json::json;
 
 use crate::files::Files;
@@ -41,8 +41,8 @@ impl Served {
         let blob = dir.join("layer.tar.gz");
         let input = BufReader::with_capacity(1 << 20, File::open(tar)?);
         let output = BufWriter::new(File::create(&blob)?);
-        let options = write::Options::default();
-        let layer = write::write(input, tempfile::tempfile_in(dir)?, output, &options)?;
+        let options = writer::Options::default();
+        let layer = writer::write(input, tempfile::tempfile_in(dir)?, output, &options)?;
         let content = registry.content();
         content.put_blob_from(File::open(&blob)?)?;
         std::fs::remove_file(&blob)?;

@@ -11,7 +11,7 @@ use peel_image::estargz::{extract_toc, is_reserved, locate, read_index};
 use peel_image::layer::LayerIndex;
 use peel_image::tar::index::index_tar;
 use peel_image::tree::{InodeKind, Tree};
-use peel_image::write::{Dialect, Duplicates, Format, Options, WriteError, Written, write};
+use peel_writer::{Dialect, Duplicates, Format, Options, WriteError, Written, write};
 use peel_image::{Digest, annotations, tar_split};
 
 /// The tree as far as every format keeps it: names, types, contents. Times lose their fractions in a TOC, and the format's own

@@ -7,7 +7,8 @@
 //! ```
 //!
 //! The whole blob is an ordinary `.tar.gz`. Reading goes [`locate`] (the blob's tail), [`extract_toc`] (its TOC member; the
-//! digest of the JSON is what the manifest vouches for), [`read_index`]. Writing is [`crate::write`]. The format is specified in
+//! digest of the JSON is what the manifest vouches for), [`read_index`]. The crate `writer` makes
+//! them. The format is specified in
 //! stargz-snapshotter, `docs/estargz.md` and `docs/stargz-estargz.md`.
 //!
 //! * [`footer`]: the three footers. * [`toc`]: the JSON as it stands, and the member that holds it.
@@ -15,9 +16,9 @@
 
 pub mod footer;
 pub mod index;
-#[cfg(test)]
-pub(crate) mod testing;
-pub(crate) mod time;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
+pub mod time;
 pub mod toc;
 
 pub use footer::{FooterError, TocLocation, locate};

@@ -4,7 +4,6 @@
 //! * [`tar`]: reading and writing tar streams; [`compression`]: telling and undoing gzip and zstd.
 //! * [`tar_split`]: a tar stream without its contents, and made again from them.
 //! * [`estargz`], [`zstd_chunked`]: footers and TOCs. [`lazy`]: from a descriptor to a verified index, whatever the format.
-//! * [`mod@write`]: layers written in every format.
 //! * [`tree`]: layers merged into one file tree (whiteouts applied).
 //! * [`views`]: what a TOC and what a tar stream say of one layer, compared.
 //! * [`profile`]: what an image touched while it started.
@@ -25,7 +24,6 @@ pub mod tar;
 pub mod tar_split;
 pub mod tree;
 pub mod views;
-pub mod write;
 pub mod zstd_chunked;
 
 pub use estargz::time::format as format_time;

@@ -28,9 +28,9 @@ use std::sync::atomic::AtomicU64;
 use anyhow::{Context, bail};
 use bytes::Bytes;
 use futures::{StreamExt, TryStreamExt};
-use peel_image::write::Format;
 use peel_image::{Digest, media};
 use peel_registry::{ClientOptions, ImageName, ResolvedImage, Source, Target};
+use peel_writer::Format;
 use tokio::sync::Semaphore;
 
 use earlier::{Earlier, MadeImage};

@@ -10,13 +10,13 @@ use std::ops::Range;
 use flate2::Compression;
 use flate2::read::MultiGzDecoder;
 use flate2::write::GzEncoder;
-use peel::demo::registry::Registry;
 use peel_image::Digest;
 use peel_image::annotations::{
     PODMAN_MANIFEST_CHECKSUM, PODMAN_MANIFEST_POSITION, PODMAN_TARSPLIT_POSITION, STARGZ_MANIFEST_CHECKSUM,
     STARGZ_MANIFEST_POSITION, TOC_DIGEST,
 };
-use peel_image::{estargz, write};
+use peel_image::estargz;
+use peel_testkit::registry::Registry;
 use serde_json::{Value, json};
 
 /// Size of a tar record.
@@ -163,22 +163,22 @@ pub fn noise(seed: u64, length: usize) -> Vec<u8> {
 }
 
 /// eStargz as it is written unless something else is asked for.
-pub const ESTARGZ: write::Format = estargz_with(0, 0, false);
+pub const ESTARGZ: peel_writer::Format = estargz_with(0, 0, false);
 
 /// eStargz with chunks of these sizes, 0 for the defaults.
-pub const fn estargz_with(chunk_size: u64, min_chunk_size: u64, external_toc: bool) -> write::Format {
-    write::Format::Estargz {
+pub const fn estargz_with(chunk_size: u64, min_chunk_size: u64, external_toc: bool) -> peel_writer::Format {
+    peel_writer::Format::Estargz {
         chunk_size,
         min_chunk_size,
-        level: write::DEFAULT_GZIP_LEVEL,
+        level: peel_writer::DEFAULT_GZIP_LEVEL,
         external_toc,
         keep_diff_id: false,
     }
 }
 
 /// zstd:chunked as it is written unless something else is asked for.
-pub const fn zstd_chunked(dialect: write::Dialect) -> write::Format {
-    write::Format::ZstdChunked {
+pub const fn zstd_chunked(dialect: peel_writer::Dialect) -> peel_writer::Format {
+    peel_writer::Format::ZstdChunked {
         dialect,
         chunk_size: 0,
         level: 3,
@@ -214,13 +214,13 @@ impl Layer {
 
     /// An eStargz layer with chunks of this many bytes, 0 for the default; `first` are prioritized.
     pub fn estargz(tar: &[u8], chunk_size: u64, first: &[&str]) -> Self {
-        let options = write::Options {
+        let options = peel_writer::Options {
             format: estargz_with(chunk_size, 0, false),
             prioritized: first.iter().map(|path| path.as_bytes().to_vec()).collect(),
-            ..write::Options::default()
+            ..peel_writer::Options::default()
         };
         let mut blob = Vec::new();
-        let written = write::write(tar, Cursor::new(Vec::new()), &mut blob, &options).unwrap();
+        let written = peel_writer::write(tar, Cursor::new(Vec::new()), &mut blob, &options).unwrap();
         Self {
             blob,
             diff_id: written.diff_id,
@@ -231,13 +231,13 @@ impl Layer {
     }
 
     /// A layer in any format that the writer has.
-    pub fn written(tar: &[u8], format: write::Format) -> Result<Self, write::WriteError> {
-        let options = write::Options {
+    pub fn written(tar: &[u8], format: peel_writer::Format) -> Result<Self, peel_writer::WriteError> {
+        let options = peel_writer::Options {
             format,
-            ..write::Options::default()
+            ..peel_writer::Options::default()
         };
         let mut blob = Vec::new();
-        let written = write::write(tar, Cursor::new(Vec::new()), &mut blob, &options)?;
+        let written = peel_writer::write(tar, Cursor::new(Vec::new()), &mut blob, &options)?;
         let suffix = if written.media_type.ends_with("+zstd") {
             "+zstd"
         } else {

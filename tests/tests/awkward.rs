@@ -9,9 +9,9 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::Path;
 
-use peel_image::write::{Dialect, Format};
 use peel_tests::image::{ESTARGZ, Layer, Tar, estargz_with, push, zstd_chunked};
 use peel_tests::world::{World, errors};
+use peel_writer::{Dialect, Format};
 
 /// What must come of an image.
 #[derive(Debug, Clone, Copy)]

@@ -6,9 +6,9 @@ use std::path::Path;
 
 use peel::demo::registry::{Action, Rule};
 use peel_image::Digest;
-use peel_image::write::Dialect;
 use peel_tests::image::{Layer, Tar, entry, noise, push, zstd_chunked};
 use peel_tests::world::{World, errors, read};
+use peel_writer::Dialect;
 use serde_json::{Value, json};
 
 /// EIO.

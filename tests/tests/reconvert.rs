@@ -6,10 +6,10 @@ use std::fs;
 
 use peel::demo::registry::{Registry, RequestRecord};
 use peel_image::Digest;
-use peel_image::write::{Dialect, Format};
 use peel_tests::image::{Layer, Tar, noise, push};
 use peel_tests::service::DockerRegistry;
 use peel_tests::world::{World, assert_expected, errors, vector};
+use peel_writer::{Dialect, Format};
 use serde_json::Value;
 
 /// Converts and returns what `--json` says.

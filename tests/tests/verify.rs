@@ -9,9 +9,9 @@ use std::process::Command;
 
 use peel::demo::registry::Registry;
 use peel_image::Digest;
-use peel_image::write::Dialect;
 use peel_tests::image::{Layer, Tar, entry, noise, push, zstd_chunked};
 use peel_tests::world::{TAGS, World, assert_expected, errors, eventually, read, text, vector};
+use peel_writer::Dialect;
 use serde_json::{Value, json};
 
 fn tar() -> Vec<u8> {

@@ -10,8 +10,8 @@ use peel_image::estargz::{self, TOC_NAME, footer};
 use peel_image::layer::Metadata;
 use peel_image::tar::TarKind;
 use peel_image::tar::write::{NewEntry, Writer};
-use peel_image::write::{DEFAULT_GZIP_LEVEL, Format, Options, write};
 use peel_image::{Digest, annotations, media};
+use peel_writer::{DEFAULT_GZIP_LEVEL, Format, Options, write};
 use serde_json::{Value, json};
 
 /// A layout that is being made.

@@ -1,4 +1,7 @@
-//! What the tests of this module share: the layers that upstream's tools made, and a plain way to decode a chunk.
+//! What the tests of this crate and of the layer writer share: the layers that the upstream tools made, and a plain way
+//! to decode a chunk. Behind the feature `testing`; fails by panicking.
+
+#![expect(clippy::unwrap_used, reason = "helpers of tests fail by panicking")]
 
 use std::collections::BTreeMap;
 
@@ -11,22 +14,25 @@ use crate::layer::{Chunk, ChunkSource, Encoding, LayerIndex};
 use peel_hash::Digest;
 
 /// A layer blob of the vectors.
-pub(crate) struct VectorLayer {
-    pub(crate) blob: Vec<u8>,
+#[derive(Debug)]
+pub struct VectorLayer {
+    /// The whole blob.
+    pub blob: Vec<u8>,
     /// The digest of its annotation; that of nothing where there is no annotation.
-    pub(crate) toc_digest: Digest,
+    pub toc_digest: Digest,
     /// All annotations of its descriptor.
-    pub(crate) annotations: BTreeMap<String, String>,
+    pub annotations: BTreeMap<String, String>,
 }
 
 impl VectorLayer {
     /// Goes the whole way from the footer to the index.
-    pub(crate) fn open(&self) -> (TocBytes, LayerIndex) {
+    pub fn open(&self) -> (TocBytes, LayerIndex) {
         open(&self.blob)
     }
 }
 
-pub(crate) fn open(blob: &[u8]) -> (TocBytes, LayerIndex) {
+/// From the footer of an eStargz blob to its TOC and index.
+pub fn open(blob: &[u8]) -> (TocBytes, LayerIndex) {
     let location = locate(blob, blob.len() as u64).unwrap();
     let start = usize::try_from(location.payload_end).unwrap();
     let end = start + usize::try_from(location.toc_size).unwrap();
@@ -36,7 +42,7 @@ pub(crate) fn open(blob: &[u8]) -> (TocBytes, LayerIndex) {
 }
 
 /// The layers of one image of the vectors, lowest first.
-pub(crate) fn layers(tag: &str) -> Vec<VectorLayer> {
+pub fn layers(tag: &str) -> Vec<VectorLayer> {
     let layer = |layer: &vectors::Layer| VectorLayer {
         annotations: layer.descriptor["annotations"]
             .as_object()
@@ -53,7 +59,7 @@ pub(crate) fn layers(tag: &str) -> Vec<VectorLayer> {
 }
 
 /// The uncompressed bytes of a chunk.
-pub(crate) fn decode(blob: &[u8], chunk: &Chunk) -> Vec<u8> {
+pub fn decode(blob: &[u8], chunk: &Chunk) -> Vec<u8> {
     let ChunkSource::Blob {
         offset,
         compressed_size,

@@ -30,7 +30,7 @@ pub fn format(seconds: i64, nanoseconds: u32) -> String {
 }
 
 /// Formats a time with its fraction, as Go's `RFC3339Nano` does: no more digits than needed.
-pub(crate) fn format_exactly(seconds: i64, nanoseconds: u32) -> String {
+pub fn format_exactly(seconds: i64, nanoseconds: u32) -> String {
     let whole = match seconds {
         0 => "1970-01-01T00:00:00Z".to_owned(),
         _ => format(seconds, 0),
@@ -48,7 +48,7 @@ pub(crate) fn format_exactly(seconds: i64, nanoseconds: u32) -> String {
 
 /// Parses a time to seconds and nanoseconds since the epoch; `None` if the text is not RFC 3339. Years may have more than
 /// four digits and a sign, which [`format`] needs for the times that tar can hold.
-pub(crate) fn parse(text: &str) -> Option<(i64, u32)> {
+pub fn parse(text: &str) -> Option<(i64, u32)> {
     parse_usual(text.as_bytes()).or_else(|| parse_any(text))
 }
 

@@ -1,7 +1,7 @@
 //! The TOC as it stands in a blob: a gzip member with one tar entry, which holds JSON.
 //!
 //! The manifest vouches for the sha256 of exactly these JSON bytes, so they are kept as they are and never written anew.
-//! [`TocEntry`] is the JSON's own shape; [`super::index`] gives it meaning and [`crate::write`] makes it.
+//! [`TocEntry`] is the JSON's own shape; [`super::index`] gives it meaning and the crate `writer` makes it.
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;

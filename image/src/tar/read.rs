@@ -89,7 +89,7 @@ impl<R: Read> Reader<R> {
     }
 
     /// Offset in the stream at which the stored content of the current entry ends.
-    pub(crate) fn content_end(&self) -> u64 {
+    pub fn content_end(&self) -> u64 {
         self.position.saturating_add(self.remaining)
     }
 
@@ -109,12 +109,12 @@ impl<R: Read> Reader<R> {
     }
 
     /// Skips what is left of the content of the current entry, and its padding.
-    pub(crate) fn end_entry(&mut self) -> Result<(), TarError> {
+    pub fn end_entry(&mut self) -> Result<(), TarError> {
         self.skip_content().map_err(|problem| self.fail(problem))
     }
 
     /// After the last entry: reads up to `most` bytes of what follows. `false` at the end of the stream.
-    pub(crate) fn read_trailer(&mut self, most: usize) -> Result<bool, TarError> {
+    pub fn read_trailer(&mut self, most: usize) -> Result<bool, TarError> {
         let most = u64::try_from(most).unwrap_or(u64::MAX);
         let count = io::copy(&mut self.stream.by_ref().take(most), &mut io::sink())
             .map_err(|error| self.fail(TarProblem::Read(error)))?;

@@ -8,7 +8,7 @@ use clap::{Args, ValueEnum, ValueHint};
 use super::{NAMES, ProcessArgs, PullArgs, elsewhere};
 
 /// Largest `--*-chunk-size`, in bytes: the writer's.
-const CHUNK_MAX: u64 = peel_image::write::MAX_CHUNK_SIZE;
+const CHUNK_MAX: u64 = peel_writer::MAX_CHUNK_SIZE;
 
 /// Whose zstd:chunked is written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]

@@ -10,8 +10,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, bail};
-use peel_image::write::Format;
 use peel_registry::ImageName;
+use peel_writer::Format;
 
 use super::record;
 use crate::cli::{ConvertArgs, Global, LazyArgs, ReuseArgs};

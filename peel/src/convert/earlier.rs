@@ -11,9 +11,9 @@
 use std::collections::HashMap;
 
 use oci_spec::image::{Descriptor, ImageManifest};
-use peel_image::write::{Dialect, Format, Options};
 use peel_image::{Digest, Hasher, annotations};
 use peel_registry::{ClientOptions, Error, ImageName, ResolvedImage, Source};
+use peel_writer::{Dialect, Format, Options};
 
 use super::plan::Plan;
 use crate::layers;

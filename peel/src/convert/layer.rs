@@ -10,10 +10,10 @@ use bytes::Bytes;
 use oci_spec::image::Descriptor;
 use peel_image::layer::Encoding;
 use peel_image::path::EntryPath;
-use peel_image::write::order::Orphans;
-use peel_image::write::{Dialect, Duplicates, Format, Options, WriteError, Written};
 use peel_image::{Digest, annotations, media};
 use peel_registry::{Blob, BlobUpload, Source, Target, TocImage, Upload};
+use peel_writer::order::Orphans;
+use peel_writer::{Dialect, Duplicates, Format, Options, WriteError, Written};
 use tokio::runtime::Handle;
 use tokio::sync::mpsc;
 

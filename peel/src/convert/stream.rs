@@ -16,8 +16,8 @@ use std::sync::mpsc as blocking;
 
 use anyhow::Context;
 use bytes::Bytes;
-use peel_image::write::{self, Options, WriteError, Written};
 use peel_image::{Digest, Hasher, compression};
+use peel_writer::{self as writer, Options, WriteError, Written};
 use tokio::sync::mpsc;
 
 /// Bytes of one element of a queue.
@@ -164,7 +164,7 @@ pub fn write(
         file: None,
     };
     let mut tar = Inflated::start(compressed, hash).context("thread")?;
-    let written = write::write(&mut tar, spool, &mut sink, options);
+    let written = writer::write(&mut tar, spool, &mut sink, options);
     sink.failed.store(written.is_err(), Ordering::Relaxed);
     let written = match written {
         Err(error @ WriteError::Spool(_)) => return Err(error).with_context(elsewhere),

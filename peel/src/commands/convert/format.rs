@@ -1,7 +1,7 @@
 //! From the flags of `convert` and `optimize` to a format: which of them go together, and what to do about those that do not.
 
 use anyhow::bail;
-use peel_image::write::{DEFAULT_GZIP_LEVEL, DEFAULT_ZSTD_LEVEL, Dialect, Format};
+use peel_writer::{DEFAULT_GZIP_LEVEL, DEFAULT_ZSTD_LEVEL, Dialect, Format};
 
 use crate::cli::{ConvertArgs, DialectArg, LazyArgs};
 

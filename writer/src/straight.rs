@@ -18,8 +18,8 @@ use super::record::Record;
 use super::tables::{self, Role, Tables};
 use super::toc::Placed;
 use super::{Settings, WriteError, blob, hashing, intake, sink};
-use crate::path::EntryPath;
-use crate::tar::write::padding;
+use peel_image::path::EntryPath;
+use peel_image::tar::write::padding;
 
 /// Writes all but the TOC; beside that, the number of entries.
 pub(super) fn run<R, W>(input: R, output: W, settings: &Settings) -> Result<(Assembled<W>, u64), WriteError>

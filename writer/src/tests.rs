@@ -7,11 +7,11 @@ use proptest::prelude::*;
 use serde_json::Value;
 
 use super::*;
-use crate::estargz::testing::{self, decode};
-use crate::estargz::{extract_toc, locate};
-use crate::layer::{Device, EntryKind, FileContent, Metadata};
-use crate::path::EntryPath;
-use crate::tar::{self, TarKind};
+use peel_image::estargz::testing::{self, decode};
+use peel_image::estargz::{extract_toc, locate};
+use peel_image::layer::{Device, EntryKind, FileContent, Metadata};
+use peel_image::path::EntryPath;
+use peel_image::tar::{self, TarKind};
 
 mod formats;
 mod round_trip;
@@ -138,7 +138,7 @@ fn check(blob: &[u8], written: &Written) {
     let mut entries = list(&tar);
     let (last, json) = entries.pop().unwrap();
     assert_eq!((last.name.as_ref(), json), (TOC_NAME.as_bytes(), toc.json));
-    entries.retain(|(entry, _)| !crate::estargz::is_reserved(entry.path.as_bytes()));
+    entries.retain(|(entry, _)| !peel_image::estargz::is_reserved(entry.path.as_bytes()));
     assert_eq!(entries.len() as u64, written.entries);
     assert_eq!(entries.len(), index.entries.len());
     for ((entry, content), indexed) in entries.iter().zip(&index.entries) {
@@ -435,7 +435,7 @@ fn headers_stay_as_they_were() {
     let headers = |tar: &[u8]| -> Vec<Vec<u8>> {
         list(tar)
             .into_iter()
-            .filter(|(entry, _)| !crate::estargz::is_reserved(entry.path.as_bytes()))
+            .filter(|(entry, _)| !peel_image::estargz::is_reserved(entry.path.as_bytes()))
             .map(|(entry, _)| entry.raw_headers)
             .collect()
     };

@@ -8,7 +8,7 @@ use super::order::Names;
 use super::pack::Packing;
 use super::record::Record;
 use super::spool::{Place, Spool};
-use crate::path::EntryPath;
+use peel_image::path::EntryPath;
 
 /// Takes what the intake makes of a tar stream.
 pub(super) trait Outlet {

@@ -11,8 +11,8 @@
 
 use std::collections::HashMap;
 
-use crate::estargz::is_reserved;
-use crate::path::EntryPath;
+use peel_image::estargz::is_reserved;
+use peel_image::path::EntryPath;
 
 /// What the order depends on: the path of each entry of the input and, of a hard link, its target. All of it lies in one
 /// buffer, since layers of a million entries exist.

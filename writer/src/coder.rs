@@ -284,7 +284,7 @@ mod tests {
 
     /// What the workspace is built with.
     fn locked(package: &str) -> String {
-        let lock = include_str!("../../../Cargo.lock");
+        let lock = include_str!("../../Cargo.lock");
         let at = lock.find(&format!("name = \"{package}\"\n")).unwrap();
         let version = lock[at..].split("version = \"").nth(1).unwrap();
         version.split('"').next().unwrap().to_owned()

@@ -5,8 +5,8 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 use super::WriteError;
-use crate::tar::{self, TarEntry, TarKind};
 use peel_hash::Digest;
+use peel_image::tar::{self, TarEntry, TarKind};
 
 /// One entry, or bytes of the tar stream that belong to none.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]

@@ -10,9 +10,9 @@ use base64::Engine as _;
 
 use super::record::{Entry, Kind, Record};
 use super::{Dialect, WriteError};
-use crate::estargz::time;
-use crate::layer::MODE_MASK;
 use peel_hash::Digest;
+use peel_image::estargz::time;
+use peel_image::layer::MODE_MASK;
 
 /// Where a chunk is in the blob.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -52,20 +52,20 @@ use std::collections::{BTreeMap, HashMap};
 use std::io::{self, Read, Seek, Write};
 use std::thread;
 
-use crate::estargz::index::RECORDS_MAX;
-use crate::estargz::{NO_PREFETCH_LANDMARK, PREFETCH_LANDMARK, TOC_JSON_MAX, TOC_NAME};
-use crate::path::EntryPath;
-use crate::tar::TarError;
 use assembly::Sequence;
 use coder::Coding;
 use order::{Missing, Order, Orphans, sort};
 use outlet::Spooled;
 use peel_hash::Digest;
+use peel_image::estargz::index::RECORDS_MAX;
+use peel_image::estargz::{NO_PREFETCH_LANDMARK, PREFETCH_LANDMARK, TOC_JSON_MAX, TOC_NAME};
+use peel_image::path::EntryPath;
+use peel_image::tar::TarError;
 use pool::WorkerLost;
 use spool::Spool;
 use toc::Shape;
 
-pub use crate::zstd_chunked::Dialect;
+pub use peel_image::zstd_chunked::Dialect;
 
 /// Upstream's chunk size, for a `chunk_size` of 0.
 pub const DEFAULT_CHUNK_SIZE: u64 = 4 << 20;

@@ -7,9 +7,9 @@ use super::assembly::Assembled;
 use super::tables::Marks;
 use super::toc::Shape;
 use super::{Settings, WriteError, Written};
-use crate::estargz::footer;
-use crate::{annotations, media};
 use peel_hash::Digest;
+use peel_image::estargz::footer;
+use peel_image::{annotations, media};
 
 /// The kind of TOC that stands in positions and footers of zstd:chunked: that of CRFS, as all of them.
 const MANIFEST_TYPE: u64 = 1;

@@ -5,9 +5,9 @@ use base64::Engine as _;
 use serde_json::Value;
 
 use super::*;
-use crate::estargz::footer::{Footer, parse};
-use crate::tar_split;
-use crate::{annotations, media};
+use peel_image::estargz::footer::{Footer, parse};
+use peel_image::tar_split;
+use peel_image::{annotations, media};
 
 fn options(format: Format) -> Options {
     Options {
@@ -138,7 +138,7 @@ pub(super) fn check_podman(blob: &[u8], written: &Written) {
                 names.push(String::from_utf8(name.to_vec()).unwrap());
                 if size > 0 {
                     let content = &contents[&name.to_vec()];
-                    assert_eq!(Some(crate::tar_split::Crc64::of(content)), crc64);
+                    assert_eq!(Some(peel_image::tar_split::Crc64::of(content)), crc64);
                     rebuilt.extend_from_slice(content);
                 }
             }
@@ -312,7 +312,7 @@ fn external_and_shared_tocs_are_those_of_upstream() {
 
 /// Decodes every chunk of an eStargz blob through the index.
 fn check_chunks(blob: &[u8], json: &[u8], payload_end: u64) {
-    let index = crate::estargz::read_index(json, payload_end).unwrap();
+    let index = peel_image::estargz::read_index(json, payload_end).unwrap();
     for entry in &index.entries {
         let EntryKind::Regular(content) = &entry.kind else {
             continue;
@@ -416,8 +416,9 @@ pub(super) fn formats() -> Vec<Format> {
 
 pub(super) fn decompress(blob: &[u8]) -> Vec<u8> {
     let mut out = Vec::new();
-    let guard = crate::compression::Guard::default();
-    let (_, mut stream) = crate::compression::decoder(std::io::Cursor::new(blob.to_vec()), guard).unwrap();
+    let guard = peel_image::compression::Guard::default();
+    let (_, mut stream) =
+        peel_image::compression::decoder(std::io::Cursor::new(blob.to_vec()), guard).unwrap();
     stream.read_to_end(&mut out).unwrap();
     out
 }

@@ -122,7 +122,7 @@ proptest! {
             // Of every path the last entry, whatever its place.
             let mut last = std::collections::BTreeMap::new();
             for (entry, content) in list(&unpacked) {
-                if !crate::estargz::is_reserved(entry.path.as_bytes()) {
+                if !peel_image::estargz::is_reserved(entry.path.as_bytes()) {
                     last.insert(entry.path.clone(), (entry.kind, entry.metadata, content));
                 }
             }
@@ -151,7 +151,7 @@ fn a_toc_that_no_reader_would_take_is_an_error() {
         tar::write::encode_header(&entry).unwrap()
     };
     // Base64 makes four bytes of three.
-    let count = crate::estargz::TOC_JSON_MAX * 3 / 4 / 65_536 + 10;
+    let count = peel_image::estargz::TOC_JSON_MAX * 3 / 4 / 65_536 + 10;
     let headers: Vec<u8> = (0..count)
         .flat_map(|number| header(&number.to_string()))
         .collect();

@@ -10,12 +10,12 @@ use flate2::write::DeflateEncoder;
 
 use super::WriteError;
 use super::toc::Shape;
-use crate::estargz::{TOC_JSON_MAX, TOC_NAME};
-use crate::layer::Metadata;
-use crate::tar::write::{END_OF_ARCHIVE, NewEntry, encode_header, padding};
-use crate::tar::{BLOCK, TarKind};
-use crate::tar_split;
 use peel_hash::{Digest, Hasher};
+use peel_image::estargz::{TOC_JSON_MAX, TOC_NAME};
+use peel_image::layer::Metadata;
+use peel_image::tar::write::{END_OF_ARCHIVE, NewEntry, encode_header, padding};
+use peel_image::tar::{BLOCK, TarKind};
+use peel_image::tar_split;
 
 /// Level of the deflate streams that hold a TOC, of zlib's nine.
 pub(super) const GZIP_TOC_LEVEL: u32 = 6;

@@ -9,8 +9,8 @@ use crossbeam_channel::{Receiver, Sender};
 use super::coder::{ChunkCoder, Coding, THREAD_ROOM_MAX};
 use super::hashing::Part;
 use super::room::Room;
-use crate::tar_split::Crc64;
 use peel_hash::{Digest, Hasher};
+use peel_image::tar_split::Crc64;
 
 /// Zeros that are compressed as one: a hole may be as long as a layer, and nobody needs its bytes.
 static ZEROS: [u8; 256 << 10] = [0; 256 << 10];

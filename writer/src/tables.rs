@@ -9,8 +9,8 @@ use super::record::{Entry, Record};
 use super::sink::Message;
 use super::toc::{Placed, Renderer};
 use super::{Settings, WriteError};
-use crate::path::EntryPath;
 use peel_hash::Digest;
+use peel_image::path::EntryPath;
 
 /// What an entry is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -18,8 +18,8 @@ use super::spool::{Place, SpoolReader};
 use super::tables::{self, Marks, Role, Tables};
 use super::toc::Placed;
 use super::{HEADERS_PER_STREAM, Settings, WriteError, hashing};
-use crate::tar::write::padding;
 use peel_hash::{Digest, Hasher};
+use peel_image::tar::write::padding;
 
 /// Pieces go to the workers together, up to this many bytes.
 const BATCH: usize = 1 << 20;

@@ -21,10 +21,10 @@ use super::coder::Coding;
 use super::pool::Pool;
 use super::tape::{self, Recording, Tape};
 use super::{WriteError, Written};
-use crate::estargz::is_reserved;
-use crate::tar::{self, write::padding};
-use crate::{annotations, media};
 use peel_hash::Hasher;
+use peel_image::estargz::is_reserved;
+use peel_image::tar::{self, write::padding};
+use peel_image::{annotations, media};
 
 /// Bytes that are compressed as one. zstd looks back as far as this at its usual levels.
 const BLOCK: usize = 4 << 20;

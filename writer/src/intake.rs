@@ -16,14 +16,14 @@ use super::record::{Chunk, Entry, Record};
 use super::room::Room;
 use super::tape::{self, Recording};
 use super::{HEADERS_PER_STREAM, Settings, Split, WriteError};
-use crate::estargz::index::RECORDS_MAX;
-use crate::estargz::{LANDMARK_CONTENT, TOC_NAME, is_reserved};
-use crate::layer::Metadata;
-use crate::tar::write::{NewEntry, encode_header, padding};
-use crate::tar::{self, TarEntry, TarKind};
-use crate::tar_split::Crc64;
 use peel_hash::Digest;
 use peel_hash::rolling::{Cut, Splitter};
+use peel_image::estargz::index::RECORDS_MAX;
+use peel_image::estargz::{LANDMARK_CONTENT, TOC_NAME, is_reserved};
+use peel_image::layer::Metadata;
+use peel_image::tar::write::{NewEntry, encode_header, padding};
+use peel_image::tar::{self, TarEntry, TarKind};
+use peel_image::tar_split::Crc64;
 
 /// Small files go to the workers together, up to this many bytes: handing over costs more than compressing one of them.
 const BATCH: usize = 1 << 20;
