@@ -2,7 +2,7 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use peel::convert::manifest;
+use peel_convert::manifest;
 use peel::run_config::image_config;
 
 fuzz_target!(|data: &[u8]| {

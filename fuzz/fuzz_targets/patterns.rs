@@ -2,7 +2,7 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use peel::convert::patterns::parse;
+use peel_convert::patterns::parse;
 use peel_image::path::EntryPath;
 
 fuzz_target!(|input: (&[u8], &[u8])| {

@@ -4,17 +4,13 @@
 //! * [`commands`]: one module per command.
 //! * [`server`]: the one process per store that loads images and keeps mounts; [`client`] finds or starts it;
 //!   [`protocol`] and [`wire`] are what the two say to each other.
-//! * [`convert`]: images rewritten layer by layer.
-//! * [`layers`]: layers looked at where they are, without a store.
 //! * [`demo`]: the main job on one machine.
 
 pub mod cli;
 pub mod client;
 pub mod commands;
-pub mod convert;
 pub mod demo;
 pub mod describe;
-pub mod layers;
 pub mod logging;
 pub mod mount_records;
 pub mod mountinfo;

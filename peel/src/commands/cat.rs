@@ -11,7 +11,6 @@ use peel_registry::Blob;
 
 use super::look::{Contents, OpenImage};
 use crate::cli::{CatArgs, Global};
-use crate::layers;
 
 /// Bytes that are copied at once.
 const PIECE: usize = 128 << 10;
@@ -38,7 +37,7 @@ pub(super) fn run(global: &Global, args: &CatArgs) -> anyhow::Result<()> {
         let blob = blob.clone();
         chunk.map(|chunk| {
             open.runtime
-                .spawn(async move { layers::fetch_chunk(&blob, &chunk).await })
+                .spawn(async move { peel_layers::fetch_chunk(&blob, &chunk).await })
         })
     };
     // The next chunk is fetched while one is printed.
@@ -81,7 +80,7 @@ fn find<'a>(contents: &'a Contents, file: &FileRef) -> Option<(&'a Blob, &'a Fil
 fn print_whole(open: &OpenImage, blob: &Blob, file: &FileRef) -> anyhow::Result<()> {
     let stream = open
         .runtime
-        .block_on(layers::reader(blob, open.runtime.handle()))?;
+        .block_on(peel_layers::reader(blob, open.runtime.handle()))?;
     let (_, stream) = compression::decoder(stream, compression::Guard::default())?;
     let mut reader = tar::Reader::new(stream);
     for _ in 0..=file.entry {

@@ -11,7 +11,7 @@ use serde::Serialize;
 
 use super::look::OpenImage;
 use crate::cli::Global;
-use crate::convert::diff_ids;
+use peel_convert::diff_ids;
 
 /// What the store knows of a layer as a whole.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]

@@ -15,10 +15,10 @@ use peel_writer::Format;
 
 use super::record;
 use crate::cli::{ConvertArgs, Global, LazyArgs, ReuseArgs};
-use crate::convert::plan::Plan;
-use crate::convert::{Conversion, How, Outcome, Settings, toc_image};
 use crate::describe::printable;
 use crate::progress::Bar;
+use peel_convert::plan::Plan;
+use peel_convert::{Conversion, How, Outcome, Settings, toc_image};
 use select::Selection;
 
 /// How often progress is shown.

@@ -15,7 +15,7 @@ use super::checks::{Check, checks};
 use super::look::OpenImage;
 use crate::cli::{Global, InspectArgs};
 use crate::describe::printable;
-use crate::layers::{self, Examined, Format, Origin, TocState, annotation};
+use peel_layers::{Examined, Format, Origin, TocState, annotation};
 
 /// What `--json` prints.
 #[derive(Debug, Serialize)]
@@ -65,7 +65,7 @@ pub(super) fn run(global: &Global, args: &InspectArgs) -> anyhow::Result<()> {
             let (source, beside) = (open.source.clone(), beside.clone());
             open.runtime.spawn(async move {
                 let examined = match source.blob(&descriptor) {
-                    Ok(blob) => Ok(layers::examine(&blob, &descriptor, &beside).await?),
+                    Ok(blob) => Ok(peel_layers::examine(&blob, &descriptor, &beside).await?),
                     // The other layers are worth a look all the same.
                     Err(error @ peel_registry::Error::Foreign { .. }) => Err(error.to_string()),
                     Err(error) => return Err(error),

@@ -10,7 +10,6 @@ use tokio::runtime::Runtime;
 
 use crate::cli::Global;
 use crate::describe::printable;
-use crate::layers;
 
 /// An image in its registry, layout or archive.
 pub(super) struct OpenImage {
@@ -73,7 +72,7 @@ impl OpenImage {
             .map(|(blob, descriptor)| {
                 let beside = beside.clone();
                 self.runtime
-                    .spawn(async move { layers::examine(&blob, &descriptor, &beside).await })
+                    .spawn(async move { peel_layers::examine(&blob, &descriptor, &beside).await })
             })
             .collect();
         let mut indexes = Vec::new();
@@ -108,7 +107,7 @@ impl OpenImage {
         );
         let stream = self
             .runtime
-            .block_on(layers::reader(blob, self.runtime.handle()))?;
-        layers::index_whole(stream).with_context(|| format!("layer {}", blob.digest()))
+            .block_on(peel_layers::reader(blob, self.runtime.handle()))?;
+        peel_layers::index_whole(stream).with_context(|| format!("layer {}", blob.digest()))
     }
 }

@@ -18,9 +18,9 @@ use super::look::OpenImage;
 use super::{convert, record};
 use crate::cli::{Global, LoadArgs, OptimizeArgs};
 use crate::client::Client;
-use crate::convert::plan::{self, Plan};
-use crate::convert::{Settings, patterns};
 use crate::progress::LoadProgress;
+use peel_convert::plan::{self, Plan};
+use peel_convert::{Settings, patterns};
 
 /// Names without a file that are shown one by one.
 const SHOWN: usize = 10;

@@ -8,7 +8,7 @@ use anyhow::Context;
 use peel_image::Digest;
 use peel_image::profile::{LayerRef, Profile};
 
-use crate::convert::plan::Plan;
+use peel_convert::plan::Plan;
 
 /// Reads a record.
 pub(super) fn read(path: &Path) -> anyhow::Result<Profile> {

@@ -10,8 +10,8 @@ use peel_registry::{ResolvedImage, ResolvedIndex, Source};
 
 use crate::cli::{Global, PlatformArgs};
 use crate::commands::look::OpenImage;
-use crate::convert::Part;
-use crate::convert::plan::Plan;
+use peel_convert::Part;
+use peel_convert::plan::Plan;
 
 /// Annotation of entries that are not images but statements about them (BuildKit's attestation storage).
 const REFERENCE_TYPE: &str = "vnd.docker.reference.type";

@@ -16,7 +16,6 @@ use peel_registry::{ClientOptions, Error, ImageName, ResolvedImage, Source};
 use peel_writer::{Dialect, Format, Options};
 
 use super::plan::Plan;
-use crate::layers;
 
 /// Annotation: digest of the layer that a layer was made of.
 pub const SOURCE: &str = "dev.peel.source.digest";
@@ -130,7 +129,7 @@ impl Earlier {
         let source = Source::open(name, options).await?;
         let image: ImageManifest = source.resolve(None).await?.manifest;
         let tocs = image.layers().iter().filter_map(|toc| {
-            let layer = layers::annotation(toc, annotations::LAYER_DIGEST)?;
+            let layer = peel_layers::annotation(toc, annotations::LAYER_DIGEST)?;
             Some((layer.parse().ok()?, toc.clone()))
         });
         self.tocs = tocs.collect();
@@ -155,7 +154,7 @@ impl Earlier {
 
 /// What a layer was made of and how, if it says so.
 fn key(descriptor: &Descriptor) -> Option<Key> {
-    let digest = |name| layers::annotation(descriptor, name)?.parse().ok();
+    let digest = |name| peel_layers::annotation(descriptor, name)?.parse().ok();
     Some((digest(SOURCE)?, digest(RECIPE)?))
 }
 

@@ -22,7 +22,6 @@ use super::earlier::{self, Earlier, Made};
 use super::manifest::{self, NewLayer};
 use super::stream::{self, Counted};
 use super::toc_image::Toc;
-use crate::layers;
 
 /// How often a layer is begun again when a registry has lost its upload.
 const RESTARTS: u32 = 3;
@@ -235,7 +234,7 @@ impl Shared<'_> {
         job: &Job,
     ) -> anyhow::Result<Option<std::collections::BTreeMap<String, String>>> {
         let beside = TocImage::new(self.source, None);
-        let examined = layers::examine(blob, &job.descriptor, &beside).await?;
+        let examined = peel_layers::examine(blob, &job.descriptor, &beside).await?;
         if !is_asked_for(&examined, self.settings.format) {
             return Ok(None);
         }
@@ -326,7 +325,7 @@ impl Shared<'_> {
             WHOLE_FROM.. => self.target.begin_whole_blob().await?,
             _ => self.target.begin_blob().await?,
         };
-        let compressed = layers::reader(blob, &Handle::current()).await?;
+        let compressed = peel_layers::reader(blob, &Handle::current()).await?;
         let compressed = Counted::new(compressed, Arc::clone(&self.progress), Arc::clone(counted));
         let (sink, pieces) = stream::sink();
         let failed = sink.failed();
@@ -429,7 +428,7 @@ async fn forward(
 
 /// sha256 of the uncompressed layer.
 async fn diff_id(blob: &Blob) -> anyhow::Result<Digest> {
-    let compressed = layers::reader(blob, &Handle::current()).await?;
+    let compressed = peel_layers::reader(blob, &Handle::current()).await?;
     let hashing = tokio::task::spawn_blocking(move || stream::diff_id(compressed));
     hashing.await.context("hashing thread")?
 }
@@ -437,7 +436,7 @@ async fn diff_id(blob: &Blob) -> anyhow::Result<Digest> {
 /// Whether the written layer should uncompress to the very bytes that are read, so that one DiffID tells about both. What lazy
 /// formats have added to a layer is taken out again, so their layers are not kept to the byte.
 fn keeps_tar(format: Format, job: &Job) -> bool {
-    let rewritten = layers::annotation(&job.descriptor, annotations::TOC_DIGEST).is_some();
+    let rewritten = peel_layers::annotation(&job.descriptor, annotations::TOC_DIGEST).is_some();
     match format {
         Format::Estargz { .. } => keeps_diff_id(format),
         Format::ZstdChunked { dialect, .. } => {
@@ -468,20 +467,20 @@ fn media_type_of(format: Format) -> &'static str {
 }
 
 /// Whether a layer is what a conversion to `format` would make of it, chunk sizes and levels aside.
-fn is_asked_for(examined: &layers::Examined, format: Format) -> bool {
+fn is_asked_for(examined: &peel_layers::Examined, format: Format) -> bool {
     let wanted = match format {
         Format::Estargz {
             external_toc: false, ..
-        } => layers::Format::Estargz,
+        } => peel_layers::Format::Estargz,
         Format::Estargz {
             external_toc: true, ..
         } => return false,
-        Format::ZstdChunked { dialect, .. } => layers::Format::ZstdChunked(dialect),
-        Format::Gzip { .. } => return examined.format == layers::Format::Gzip,
-        Format::Zstd { .. } => return examined.format == layers::Format::Zstd,
-        Format::Plain => return examined.format == layers::Format::Tar,
+        Format::ZstdChunked { dialect, .. } => peel_layers::Format::ZstdChunked(dialect),
+        Format::Gzip { .. } => return examined.format == peel_layers::Format::Gzip,
+        Format::Zstd { .. } => return examined.format == peel_layers::Format::Zstd,
+        Format::Plain => return examined.format == peel_layers::Format::Tar,
     };
     examined.format == wanted
-        && matches!(examined.toc, layers::TocState::Verified { .. })
+        && matches!(examined.toc, peel_layers::TocState::Verified { .. })
         && examined.index.is_ok()
 }

@@ -3,11 +3,11 @@
 
 use std::io::{self, Read};
 
-use anyhow::{Context, bail};
 use bytes::Bytes;
 use oci_spec::image::Descriptor;
 use peel_image::layer::{Chunk, ChunkSource, LayerIndex};
 use peel_image::lazy::{CHUNK_MAX, Candidate};
+use peel_image::tar::TarError;
 use peel_image::{Digest, compression};
 use peel_registry::{Blob, ByteStream, TocBytes, TocImage, fetch_toc};
 use tokio::runtime::Handle;
@@ -17,6 +17,44 @@ pub use peel_image::lazy::{Format, NotLazy, Origin, TocState};
 
 /// Pieces of a stream that wait for their reader; a piece has at most some hundred KiB.
 const PIECES: usize = 16;
+
+/// Why a layer, or a chunk of it, cannot be read.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The bytes do not come.
+    #[error(transparent)]
+    Registry(#[from] peel_registry::Error),
+    /// A chunk is not compressed as it says.
+    #[error(transparent)]
+    Compression(#[from] compression::CompressionError),
+    /// The beginning of a layer cannot be read.
+    #[error(transparent)]
+    Read(#[from] io::Error),
+    /// They are no tar stream.
+    #[error(transparent)]
+    Tar(#[from] TarError),
+    /// A chunk is larger than [`CHUNK_MAX`].
+    #[error("a chunk of {size} bytes is too large to be read")]
+    ChunkTooLarge {
+        /// Its size in bytes, compressed or not, whichever is larger.
+        size: u64,
+    },
+    /// A chunk has another digest than the TOC says.
+    #[error(
+        "layer {layer}: the chunk at {offset} is {found}, not {expected}: the registry holds other bytes than the image was made of"
+    )]
+    OtherBytes {
+        /// Digest of the blob.
+        layer: Digest,
+        /// Offset of the compressed chunk in the blob.
+        offset: u64,
+        /// Digest of what came.
+        found: Digest,
+        /// Digest by the TOC.
+        expected: Digest,
+    },
+}
+
 /// All that can be said of a layer without its files.
 #[derive(Debug)]
 pub struct Examined {
@@ -136,14 +174,22 @@ impl Read for StreamReader {
 }
 
 /// Reads a layer to its end: metadata and the digest of every file.
-pub fn index_whole(stream: StreamReader) -> anyhow::Result<LayerIndex> {
+///
+/// # Errors
+///
+/// The bytes do not come, are not compressed as they say, or are no tar stream.
+pub fn index_whole(stream: StreamReader) -> Result<LayerIndex, Error> {
     let (_, tar) = compression::decoder(stream, compression::Guard::default())?;
     let mut sink = peel_image::tar::index::HashSink::default();
     Ok(peel_image::tar::index_tar(tar, &mut sink)?.0)
 }
 
 /// Fetches one chunk and verifies it.
-pub async fn fetch_chunk(blob: &Blob, chunk: &Chunk) -> anyhow::Result<Vec<u8>> {
+///
+/// # Errors
+///
+/// The chunk is larger than [`CHUNK_MAX`], its bytes do not come, or they are others than its digest says.
+pub async fn fetch_chunk(blob: &Blob, chunk: &Chunk) -> Result<Vec<u8>, Error> {
     let ChunkSource::Blob {
         encoding,
         offset,
@@ -151,24 +197,24 @@ pub async fn fetch_chunk(blob: &Blob, chunk: &Chunk) -> anyhow::Result<Vec<u8>> 
         inner_offset,
     } = &chunk.source
     else {
-        return Ok(vec![0; usize::try_from(chunk.size).context("chunk of zeros")?]);
+        let size = usize::try_from(chunk.size).map_err(|_| Error::ChunkTooLarge { size: chunk.size })?;
+        return Ok(vec![0; size]);
     };
-    if chunk.size > CHUNK_MAX || *compressed_size > CHUNK_MAX {
-        bail!(
-            "a chunk of {} bytes is too large to be read",
-            chunk.size.max(*compressed_size)
-        );
+    let size = chunk.size.max(*compressed_size);
+    if size > CHUNK_MAX {
+        return Err(Error::ChunkTooLarge { size });
     }
     let end = offset.saturating_add(*compressed_size);
     let compressed = blob.read(*offset..end).await?;
     let bytes = compression::decode_chunk(*encoding, &compressed, *inner_offset, chunk.size, CHUNK_MAX)?;
     let found = Digest::of(&bytes);
     if found != chunk.digest {
-        bail!(
-            "layer {}: the chunk at {offset} is {found}, not {}: the registry holds other bytes than the image was made of",
-            blob.digest(),
-            chunk.digest
-        );
+        return Err(Error::OtherBytes {
+            layer: blob.digest(),
+            offset: *offset,
+            found,
+            expected: chunk.digest,
+        });
     }
     Ok(bytes)
 }
