@@ -12,7 +12,6 @@ use std::process::Command;
 use std::time::Duration;
 
 use anyhow::Context;
-use peel::demo::link::{Link, Shape};
 use peel_bench::files::{Files, Kind};
 use peel_bench::host::{Host, Mounted};
 use peel_bench::image::{Served, tar_file};
@@ -20,6 +19,7 @@ use peel_bench::measuring;
 use peel_bench::pair::{Comparisons, timed};
 use peel_image::estargz;
 use peel_image::layer::{ChunkSource, EntryKind};
+use peel_testkit::link::{Link, Shape};
 
 /// Bytes of a file, which is one chunk that does not compress.
 const CHUNK: u64 = 512 << 10;

@@ -6,9 +6,9 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
 use anyhow::Context;
-use peel::demo::registry::Registry;
 use peel_image::media;
 use peel_registry::ImageName;
+use peel_testkit::registry::Registry;
 use peel_writer::{self as writer, Written};
 use serde_json::json;
 

@@ -3,7 +3,7 @@
 
 use libfuzzer_sys::fuzz_target;
 use peel_convert::manifest;
-use peel::run_config::image_config;
+use peel_sandbox::image_config;
 
 fuzz_target!(|data: &[u8]| {
     if let Ok(text) = std::str::from_utf8(data) {

@@ -15,8 +15,6 @@ use clap::{Args, Parser, Subcommand, ValueEnum, ValueHint};
 pub use convert::{ConvertArgs, DialectArg, LazyArgs, OptimizeArgs, PlatformArgs, ReuseArgs};
 pub use run::{ProcessArgs, RunArgs};
 
-use crate::demo::image::Origin;
-
 /// How image names are written; shown below the help of every command that takes one.
 const NAMES: &str = "\
 Image names:
@@ -143,7 +141,7 @@ pub enum Command {
     /// Print a file of an image without pulling it
     Cat(CatArgs),
     /// Show the main job on one machine: cold starts compared over a slow link
-    Demo(DemoArgs),
+    Demo(peel_demo::Args),
     /// Tell what this machine lacks to serve images lazily, and what to do about it
     Doctor,
     /// Serve a store; started by the other commands when they need it
@@ -249,37 +247,6 @@ pub struct CatArgs {
     pub image: String,
     /// Regular file in it; symbolic links are followed
     pub path: OsString,
-}
-
-/// `peel demo`
-#[derive(Debug, Args)]
-pub struct DemoArgs {
-    /// Round trip time of the shaped link in milliseconds
-    #[arg(long, value_name = "MS", default_value_t = 20)]
-    pub rtt: u32,
-    /// Bandwidth of the shaped link in Mbit/s
-    #[arg(long, value_name = "MBIT", default_value_t = 500, value_parser = clap::value_parser!(u32).range(1..))]
-    pub bandwidth: u32,
-    /// How often each way is measured; the median is shown
-    #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..))]
-    pub runs: u32,
-    /// Where the files of the image that is made here come from
-    #[arg(long, value_enum, default_value_t = Origin::Auto, value_name = "ORIGIN")]
-    pub origin: Origin,
-    /// Directory that keeps the image that is made here for the next time [default: /var/cache/peel/demo]
-    #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
-    pub cache_dir: Option<PathBuf>,
-    /// Directory in which a temporary one for registry and stores is made [default: /var/tmp]
-    #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
-    pub work_dir: Option<PathBuf>,
-    /// Keep that temporary directory
-    #[arg(long)]
-    pub keep: bool,
-    /// A real image from its own registry instead of one made here
-    pub image: Option<String>,
-    /// What to run in it instead of its own command
-    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
-    pub command: Vec<OsString>,
 }
 
 /// `peel daemon`

@@ -5,6 +5,7 @@ mod checks;
 mod completions;
 mod convert;
 mod daemon;
+mod demo;
 mod doctor;
 mod inspect;
 mod look;
@@ -66,7 +67,7 @@ pub fn main() -> ExitCode {
         Command::Inspect(args) => inspect::run(global, args).map(done),
         Command::Ls(args) => ls::run(global, args).map(done),
         Command::Cat(args) => cat::run(global, args).map(done),
-        Command::Demo(args) => crate::demo::run(global, args),
+        Command::Demo(args) => demo::run(global, args),
         Command::Doctor => doctor::run(global),
         Command::Daemon(args) => daemon::run(global, args),
         Command::Completions(args) => completions::run(args).map(done),

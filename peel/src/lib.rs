@@ -4,12 +4,10 @@
 //! * [`commands`]: one module per command.
 //! * [`server`]: the one process per store that loads images and keeps mounts; [`client`] finds or starts it;
 //!   [`protocol`] and [`wire`] are what the two say to each other.
-//! * [`demo`]: the main job on one machine.
 
 pub mod cli;
 pub mod client;
 pub mod commands;
-pub mod demo;
 pub mod describe;
 pub mod logging;
 pub mod mount_records;

@@ -6,21 +6,8 @@ use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
-use oci_spec::image::Config;
-use serde::Deserialize;
 
 use crate::cli::ProcessArgs;
-
-/// The part of an image's configuration that says what to run; `None` where it says nothing. The rest is not looked at:
-/// an image without, say, a creation time runs all the same.
-pub fn image_config(json: &str) -> anyhow::Result<Option<Config>> {
-    #[derive(Deserialize)]
-    struct Outer {
-        config: Option<Config>,
-    }
-    let outer: Outer = serde_json::from_str(json).context("configuration of the image")?;
-    Ok(outer.config)
-}
 
 /// The variables that `--env-file` and `--env` name, in this order: `NAME=value`, or `NAME` for the caller's own.
 pub fn variables(args: &ProcessArgs) -> anyhow::Result<Vec<OsString>> {
@@ -93,21 +80,6 @@ mod tests {
 
     fn strings(list: &[&str]) -> Vec<OsString> {
         list.iter().map(OsString::from).collect()
-    }
-
-    #[test]
-    fn configurations_are_read() {
-        for text in ["{}", r#"{"config": null, "rootfs": {}}"#] {
-            assert_eq!(image_config(text).unwrap(), None, "{text}");
-        }
-        let full =
-            r#"{"config": {"Cmd": ["a"], "Env": null, "Labels": null, "Unknown": 1}, "architecture": "x"}"#;
-        let config = image_config(full).unwrap().unwrap();
-        assert_eq!(
-            (config.cmd().clone(), config.env().clone()),
-            (Some(vec!["a".to_owned()]), None)
-        );
-        assert!(image_config("[]x").is_err());
     }
 
     #[test]

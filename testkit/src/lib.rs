@@ -1,9 +1,10 @@
-//! What tests of every crate, the end-to-end tests and the benchmarks share. Nothing of the product depends on it.
+//! What tests of every crate, the end-to-end tests, the benchmarks and `peel demo` share. No library crate of the product
+//! depends on it but for its own tests.
 //!
+//! * [`registry`]: an embedded OCI registry with counters, and with faults on demand.
+//! * [`link`]: a TCP relay that makes a server on the loopback interface look as far away as a real one.
 //! * [`vectors`]: one small image in many encodings, made by the upstream tools.
-//!
-//! Functions here fail by panicking: their callers are tests.
 
-#![expect(clippy::unwrap_used, reason = "helpers of tests fail by panicking")]
-
+pub mod link;
+pub mod registry;
 pub mod vectors;

@@ -1,7 +1,10 @@
 //! The vectors in `tests/vectors`: one image of three layers in many encodings, made by the upstream tools, and the
 //! listing of the tree that containerd unpacks from it. Called by tests of every crate.
 //!
-//! Every image of [`TAGS`] has the same tree. `tests/vectors/README.md` says what made which.
+//! Every image of [`TAGS`] has the same tree. `tests/vectors/README.md` says what made which. Functions here fail by
+//! panicking: their callers are tests.
+
+#![expect(clippy::unwrap_used, reason = "helpers of tests fail by panicking")]
 
 use std::fs;
 use std::path::{Path, PathBuf};

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, ExitStatus, Output, Stdio};
 use std::time::{Duration, Instant};
 
-use peel::demo::registry::Registry;
+use peel_testkit::registry::Registry;
 pub use peel_testkit::vectors::{TAGS, expected_listing, image as vector, listing};
 use rustix::process::{Pid, Signal};
 

@@ -7,7 +7,7 @@ use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use peel::demo::registry::{Action, Rule};
+use peel_testkit::registry::{Action, Rule};
 use peel_tests::image::{Layer, Tar, noise, push};
 use peel_tests::service::DockerRegistry;
 use peel_tests::world::{World, errors};

@@ -4,8 +4,8 @@
 use std::fs;
 use std::path::Path;
 
-use peel::demo::registry::{Action, Rule};
 use peel_image::Digest;
+use peel_testkit::registry::{Action, Rule};
 use peel_tests::image::{Layer, Tar, entry, noise, push, zstd_chunked};
 use peel_tests::world::{World, errors, read};
 use peel_writer::Dialect;

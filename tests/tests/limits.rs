@@ -4,10 +4,10 @@
 
 use std::io::Write;
 
-use peel::demo::registry::Registry;
 use peel_image::Digest;
 use peel_image::annotations::{LAYER_DIGEST, PODMAN_MANIFEST_POSITION, TOC_IMAGE_SUFFIX};
 use peel_image::estargz::{TOC_JSON_MAX, TOC_MEMBER_MAX};
+use peel_testkit::registry::Registry;
 use peel_tests::image::{ESTARGZ, Layer, Tar, entry, estargz_with, gzip, noise, push, zstd_chunked};
 use peel_tests::world::{World, errors, read};
 use peel_writer::{Dialect, Format};

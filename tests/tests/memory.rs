@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use peel::demo::link::{Link, Shape};
+use peel_testkit::link::{Link, Shape};
 use peel_tests::image::{Layer, Tar, noise, push};
 use peel_tests::world::World;
 

@@ -3,7 +3,7 @@
 
 use std::time::{Duration, Instant};
 
-use peel::demo::registry::Faults;
+use peel_testkit::registry::Faults;
 use peel_tests::image::{Layer, Tar, noise, push};
 use peel_tests::world::{World, read};
 

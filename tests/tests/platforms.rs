@@ -1,8 +1,8 @@
 //! Images for several platforms: which of them are converted, and what the index says of them afterwards.
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on fails where it is")]
 
-use peel::demo::registry::Registry;
 use peel_image::{Digest, media};
+use peel_testkit::registry::Registry;
 use peel_tests::image::{Tar, gzip};
 use peel_tests::world::{World, errors};
 use serde_json::{Value, json};

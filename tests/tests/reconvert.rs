@@ -4,8 +4,8 @@
 
 use std::fs;
 
-use peel::demo::registry::{Registry, RequestRecord};
 use peel_image::Digest;
+use peel_testkit::registry::{Registry, RequestRecord};
 use peel_tests::image::{Layer, Tar, noise, push};
 use peel_tests::service::DockerRegistry;
 use peel_tests::world::{World, assert_expected, errors, vector};

@@ -1,8 +1,8 @@
 //! Images and names that cannot be used: what is said of them, when, and that what can be done is done.
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on fails where it is")]
 
-use peel::demo::registry::Registry;
 use peel_image::{Digest, media};
+use peel_testkit::registry::Registry;
 use peel_tests::image::{Layer, Tar, push};
 use peel_tests::world::{World, errors, text, vector};
 use serde_json::{Value, json};

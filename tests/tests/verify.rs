@@ -7,8 +7,8 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use peel::demo::registry::Registry;
 use peel_image::Digest;
+use peel_testkit::registry::Registry;
 use peel_tests::image::{Layer, Tar, entry, noise, push, zstd_chunked};
 use peel_tests::world::{TAGS, World, assert_expected, errors, eventually, read, text, vector};
 use peel_writer::Dialect;

@@ -20,8 +20,6 @@ use peel_sandbox::{Container, Exit, Isolation, Network, Overrides, Process, Stdi
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, ResolveFlags};
 use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags};
 
-use crate::run_config;
-
 /// Largest configuration, in bytes.
 const CONFIG_LIMIT: u64 = 4 << 20;
 
@@ -264,7 +262,7 @@ impl Unpacked {
             args: command.iter().map(Into::into).collect(),
             ..Overrides::default()
         };
-        let process = Process::from_image(run_config::image_config(&self.config)?.as_ref(), &overrides)?;
+        let process = Process::from_image(peel_sandbox::image_config(&self.config)?.as_ref(), &overrides)?;
         let isolation = Isolation {
             network: Network::Host,
             hostname: "demo".into(),

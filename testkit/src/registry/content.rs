@@ -9,7 +9,7 @@ use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use peel_image::{Digest, Hasher};
+use peel_hash::{Digest, Hasher};
 
 /// A manifest's place: repository, and tag or digest.
 type Key = (String, String);

@@ -16,11 +16,10 @@ use peel_registry::{ClientOptions, ImageName, Source, Target, Upload};
 
 use super::full_pull::{self, Started, read_output};
 use super::image::{self, TAG};
-use super::link::{Link, Shape};
-use super::registry::Registry;
 use super::report::{Report, Start, Starts, median};
-use crate::cli::{DemoArgs, Global};
-use crate::client::Client;
+use super::{Args, Host};
+use peel_testkit::link::{Link, Shape};
+use peel_testkit::registry::Registry;
 
 /// Where the image that was made is kept for the next run.
 const CACHE: &str = "/var/cache/peel/demo";
@@ -36,7 +35,7 @@ const WARM_UP: usize = 1;
 
 /// Everything that the steps need.
 struct Demo<'a> {
-    global: &'a Global,
+    host: &'a Host<'a>,
     /// This program.
     peel: PathBuf,
     /// Where stores and unpacked images go.
@@ -48,7 +47,7 @@ struct Demo<'a> {
 }
 
 /// Runs `peel demo`.
-pub(super) fn run(global: &Global, args: &DemoArgs) -> Result<ExitCode> {
+pub(super) fn run(host: &Host<'_>, args: &Args) -> Result<ExitCode> {
     ensure!(
         rustix::process::geteuid().is_root(),
         "the demo mounts file systems: run it as root"
@@ -76,7 +75,7 @@ pub(super) fn run(global: &Global, args: &DemoArgs) -> Result<ExitCode> {
     ));
     let peel = std::env::current_exe().context("this program's own file")?;
     let mut demo = Demo {
-        global,
+        host,
         peel,
         work: work.path().to_path_buf(),
         registry,
@@ -100,7 +99,7 @@ pub(super) fn run(global: &Global, args: &DemoArgs) -> Result<ExitCode> {
         say(&format!("Everything is kept in {}.", demo.work.display()));
     }
     let mut out = std::io::stdout().lock();
-    if global.json {
+    if host.json {
         serde_json::to_writer(&mut out, &report)?;
         writeln!(out)?;
     } else {
@@ -111,7 +110,7 @@ pub(super) fn run(global: &Global, args: &DemoArgs) -> Result<ExitCode> {
 
 impl Demo<'_> {
     /// An image made here, pushed to the embedded registry.
-    fn make(&mut self, args: &DemoArgs, report: &mut Report, say: &dyn Fn(&str)) -> Result<()> {
+    fn make(&mut self, args: &Args, report: &mut Report, say: &dyn Fn(&str)) -> Result<()> {
         let cache = args.cache_dir.clone().unwrap_or_else(|| CACHE.into());
         let made = image::make(&cache, args.origin, say)?;
         report.image = made.description;
@@ -123,12 +122,14 @@ impl Demo<'_> {
     }
 
     /// A real image, copied from its own registry to the embedded one, so that all three ways use the same link.
-    fn fetch(&mut self, name: &str, args: &DemoArgs, report: &mut Report, say: &dyn Fn(&str)) -> Result<()> {
+    fn fetch(&mut self, name: &str, args: &Args, report: &mut Report, say: &dyn Fn(&str)) -> Result<()> {
         say(&format!("Pulling {name} from its own registry."));
         let mut options = ClientOptions::from_env();
-        options.plain_http = self.global.plain_http;
-        options.tls_ca.clone_from(&self.global.tls_ca);
-        options.auth_files.splice(0..0, self.global.authfile.clone());
+        options.plain_http = self.host.plain_http;
+        options.tls_ca = self.host.tls_ca.map(Path::to_owned);
+        options
+            .auth_files
+            .splice(0..0, self.host.authfile.map(Path::to_owned));
         let begin = Instant::now();
         self.push(name, &options, report)?;
         report.source_pull_s = Some(begin.elapsed().as_secs_f64());
@@ -412,12 +413,9 @@ impl Demo<'_> {
 
     /// Ends the server of a store and removes the store.
     fn discard(&self, store: &Path) -> Result<()> {
-        if let Some(client) = Client::connect_if_running(store)? {
-            let pid = i32::try_from(client.server_pid())
-                .ok()
-                .and_then(rustix::process::Pid::from_raw);
+        if let Some(pid) = (self.host.server_pid)(store)? {
+            let pid = i32::try_from(pid).ok().and_then(rustix::process::Pid::from_raw);
             let pid = pid.context("the server has no process id")?;
-            drop(client);
             let fd = rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty())?;
             rustix::process::pidfd_send_signal(&fd, rustix::process::Signal::TERM)?;
             let mut ended = [rustix::event::PollFd::new(&fd, rustix::event::PollFlags::IN)];

@@ -127,7 +127,7 @@ impl Link {
             buffer: vec![0; PIECE],
         };
         let thread = std::thread::Builder::new()
-            .name("demo-link".into())
+            .name("testkit-link".into())
             .spawn(move || relay.run())?;
         Ok(Self {
             addr,

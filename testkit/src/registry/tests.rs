@@ -4,7 +4,7 @@ use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::time::Duration;
 
-use peel_image::Digest;
+use peel_hash::Digest;
 
 use super::serve::{Place, place};
 use super::{Action, Registry, Rule};

@@ -114,7 +114,7 @@ impl Registry {
             .build()?;
         let server = serve::Server::new(listener, Arc::clone(&shared), stopped);
         let thread = std::thread::Builder::new()
-            .name("demo-registry".into())
+            .name("testkit-registry".into())
             .spawn(move || runtime.block_on(server.run()))?;
         Ok(Self {
             addr,

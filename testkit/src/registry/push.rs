@@ -11,7 +11,7 @@ use axum::body::Body;
 use axum::extract::Request;
 use axum::http::{HeaderValue, Response, StatusCode, header};
 use futures::StreamExt;
-use peel_image::{Digest, Hasher};
+use peel_hash::{Digest, Hasher};
 
 use super::Shared;
 use super::serve::{failure, json};

@@ -13,7 +13,7 @@ use std::time::Duration;
 use axum::body::Body;
 use axum::http::{HeaderMap, HeaderValue, Response, StatusCode, header};
 use bytes::Bytes;
-use peel_image::Digest;
+use peel_hash::Digest;
 
 use super::Shared;
 use super::faults::Action;
