@@ -7,6 +7,7 @@
 //! | `first_touch` | reading a file whose only chunk is missing | `curl` of the same range |
 //! | `mount` | name to mounted root file system | `tar tf` of the same layer |
 //! | `convert` | tar stream to eStargz; to zstd:chunked | `pigz -6`; `zstd -3 -T2` of the same stream |
+//! | `hash` | sha256 of two messages at once; the rolling checksum | `sha2` one after the other; one sha256 |
 //! | `toc` | TOC of 100,000 entries to the tree, each dialect | `tar tf` of the same layer |
 //!
 //! * [`files`]: trees of files that are the same in every run, as tar stream and as directory. * [`usr`]: real files.
