@@ -246,7 +246,8 @@ fn read_file(path: &str) -> io::Result<Option<Vec<u8>>> {
     let mut contents = Vec::new();
     file.take(FILE_MAX + 1).read_to_end(&mut contents)?;
     if u64::try_from(contents.len()).is_ok_and(|length| length > FILE_MAX) {
-        return Err(io::Error::from(io::ErrorKind::FileTooLarge));
+        let reason = format!("it has more than {FILE_MAX} bytes, the most that is read");
+        return Err(io::Error::new(io::ErrorKind::FileTooLarge, reason));
     }
     Ok(Some(contents))
 }

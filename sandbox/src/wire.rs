@@ -102,9 +102,18 @@ pub(crate) enum Kind {
 }
 
 impl Failure {
-    /// A step that failed with a system call's error.
+    /// A step that failed, by a system call or otherwise. The number of a system call's error tells it all; any other error has a text,
+    /// and gets the number that is nearest, since it is always shown.
     pub(crate) fn step(what: impl Into<String>, error: &io::Error) -> Self {
-        Self::new(Kind::Step, what, error.raw_os_error().unwrap_or(0))
+        if let Some(errno) = error.raw_os_error() {
+            return Self::new(Kind::Step, what, errno);
+        }
+        let errno = match error.kind() {
+            io::ErrorKind::FileTooLarge => libc::EFBIG,
+            io::ErrorKind::InvalidInput => libc::EINVAL,
+            _ => libc::EIO,
+        };
+        Self::new(Kind::Step, format!("{}: {error}", what.into()), errno)
     }
 
     /// Any other.
@@ -217,6 +226,23 @@ mod tests {
         assert!(none.is_empty());
         drop(fds);
         assert!(receive::<Ready>(&right).unwrap().is_none());
+    }
+
+    #[test]
+    fn every_failure_has_an_error_number() {
+        use std::io::{Error, ErrorKind};
+        for (error, what, errno) in [
+            (Error::from_raw_os_error(libc::ENOSPC), "step", libc::ENOSPC),
+            (
+                Error::new(ErrorKind::FileTooLarge, "too long"),
+                "step: too long",
+                libc::EFBIG,
+            ),
+            (Error::other("odd"), "step: odd", libc::EIO),
+        ] {
+            let failure = Failure::step("step", &error);
+            assert_eq!((failure.what.as_str(), failure.errno), (what, errno));
+        }
     }
 
     #[test]
