@@ -49,18 +49,21 @@ impl EntryPath {
         if is_clean(candidate) {
             return Ok(Self(candidate.into()));
         }
-        let mut clean: Vec<&[u8]> = Vec::new();
+        // Never longer than the name, of which a TOC may have 150 MiB: a list of its components would take eight times as much.
+        let mut path = Vec::new();
         for component in name.split(|byte| *byte == b'/') {
             match component {
                 b"" | b"." => {}
-                b".." => {
-                    clean.pop();
-                }
+                b".." => path.truncate(path.iter().rposition(|byte| *byte == b'/').unwrap_or(0)),
                 _ if component.len() > COMPONENT_MAX => return Err(PathError::ComponentTooLong(shown())),
-                _ => clean.push(component),
+                _ => {
+                    if !path.is_empty() {
+                        path.push(b'/');
+                    }
+                    path.extend_from_slice(component);
+                }
             }
         }
-        let path = clean.join(&b'/');
         if path.len() > PATH_MAX {
             return Err(PathError::TooLong(shown()));
         }
