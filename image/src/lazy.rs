@@ -43,6 +43,11 @@ use peel_hash::Digest;
 /// by default, and Podman's chunks are seldom larger than some MiB.
 pub const CHUNK_MAX: u64 = 256 << 20;
 
+/// Most uncompressed bytes of a stream up to the end of a chunk in it, for layers that are served lazily: whatever comes before the chunk
+/// is decompressed while a read waits, about a second for so many. A stream that small files share ends with the first chunk that makes
+/// it long enough, so twice the largest chunk is beyond real ones.
+pub const STREAM_MAX: u64 = 2 * CHUNK_MAX;
+
 /// Most zeros of a file that is served lazily, in bytes: they are hashed while a read waits, which takes half a
 /// second for so many, or more than two without SHA instructions.
 pub const ZEROS_MAX: u64 = 1 << 30;
@@ -310,6 +315,13 @@ pub(crate) fn unservable(index: &LayerIndex, payload_end: u64) -> Option<NotLazy
         let mut bytes = content.chunks.iter().filter(|chunk| !is_zeros(chunk));
         if bytes.any(|chunk| chunk.size > CHUNK_MAX) {
             return Some(NotLazy::ChunkTooLarge { path: path() });
+        }
+        let too_deep = content.chunks.iter().any(|chunk| match chunk.source {
+            ChunkSource::Blob { inner_offset, .. } => inner_offset.saturating_add(chunk.size) > STREAM_MAX,
+            ChunkSource::Zeros => false,
+        });
+        if too_deep {
+            return Some(NotLazy::StreamTooLarge { path: path() });
         }
         // Holes need no memory, but what they are in is hashed while a read waits.
         let zeros = content.chunks.iter().filter(is_zeros).map(|chunk| chunk.size);

@@ -6,7 +6,7 @@ use std::io::{self, Read};
 use bytes::Bytes;
 use oci_spec::image::Descriptor;
 use peel_image::layer::{Chunk, ChunkSource, LayerIndex};
-use peel_image::lazy::{CHUNK_MAX, Candidate};
+use peel_image::lazy::{CHUNK_MAX, Candidate, STREAM_MAX};
 use peel_image::tar::TarError;
 use peel_image::{Digest, compression};
 use peel_registry::{Blob, ByteStream, TocBytes, TocImage, fetch_toc};
@@ -206,7 +206,7 @@ pub async fn fetch_chunk(blob: &Blob, chunk: &Chunk) -> Result<Vec<u8>, Error> {
     }
     let end = offset.saturating_add(*compressed_size);
     let compressed = blob.read(*offset..end).await?;
-    let bytes = compression::decode_chunk(*encoding, &compressed, *inner_offset, chunk.size, CHUNK_MAX)?;
+    let bytes = compression::decode_chunk(*encoding, &compressed, *inner_offset, chunk.size, STREAM_MAX)?;
     let found = Digest::of(&bytes);
     if found != chunk.digest {
         return Err(Error::OtherBytes {

@@ -8,9 +8,9 @@ use std::thread;
 use bytes::Bytes;
 use crossbeam_channel::{Receiver, Sender, TrySendError, bounded, select};
 use peel_image::Digest;
-use peel_image::compression;
+use peel_image::compression::{self, ChunkReader};
 use peel_image::layer::Chunk;
-use peel_image::lazy::CHUNK_MAX;
+use peel_image::lazy::{CHUNK_MAX, STREAM_MAX};
 
 use super::claim::Claim;
 use super::layer::{Layer, Stream};
@@ -20,10 +20,6 @@ use crate::lock;
 
 /// Jobs that may wait for each lane. Their bytes are bounded by the transfers' permits; this bounds their number.
 const QUEUE: usize = 8192;
-
-/// Most bytes of a stream's output that are produced to reach a chunk inside it. Streams of several chunks are made of
-/// small files, so nothing honest comes near.
-const DECODE_MAX: u64 = 4 * CHUNK_MAX;
 
 /// Who waits for a job.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -182,7 +178,9 @@ fn decode(layer: &Arc<Layer>, stream: &Stream, bytes: &Bytes, claims: Vec<Claim>
         .max()
         .unwrap_or(0);
     let together = (claims.len() > 1 && end - start <= CHUNK_MAX)
-        .then(|| compression::decode_chunk(stream.encoding, bytes, start, end - start, DECODE_MAX));
+        .then(|| compression::decode_chunk(stream.encoding, bytes, start, end - start, STREAM_MAX));
+    let mut chunks = ChunkReader::new(stream.encoding, bytes, STREAM_MAX);
+    let is_alone = claims.len() == 1;
     for (claim, place) in claims.into_iter().zip(places) {
         let Some((inner, size, digest)) = place else {
             claim.wrong("the chunk has no place in the stream");
@@ -192,7 +190,12 @@ fn decode(layer: &Arc<Layer>, stream: &Stream, bytes: &Bytes, claims: Vec<Claim>
             Some(Ok(whole)) => part(whole, inner - start, size).map(<[u8]>::to_vec),
             // One chunk at a time: what is behind a broken place must not take the chunks before it with it.
             Some(Err(_)) | None => {
-                match compression::decode_chunk(stream.encoding, bytes, inner, size, DECODE_MAX) {
+                let chunk = match is_alone {
+                    true => compression::decode_chunk(stream.encoding, bytes, inner, size, STREAM_MAX),
+                    // In one pass: claims come in the order of the stream.
+                    false => chunks.read(inner, size),
+                };
+                match chunk {
                     Ok(data) => Some(data),
                     Err(error) => {
                         claim.wrong(&error.to_string());

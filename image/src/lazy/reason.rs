@@ -1,6 +1,6 @@
 //! Why a layer is not lazy, in one sentence each: what `peel inspect` prints and what a mount says when it pulls a layer whole.
 
-use super::{CHUNK_MAX, Format, LAYER_ZEROS_MAX, ZEROS_MAX};
+use super::{CHUNK_MAX, Format, LAYER_ZEROS_MAX, STREAM_MAX, ZEROS_MAX};
 use crate::annotations::{PODMAN_MANIFEST_CHECKSUM, TOC_DIGEST};
 use crate::estargz::TocError;
 use peel_hash::Digest;
@@ -64,6 +64,15 @@ pub enum NotLazy {
     #[error("a chunk of {path} is larger than {} MiB", CHUNK_MAX >> 20)]
     ChunkTooLarge {
         /// Its file.
+        path: String,
+    },
+    /// A chunk behind more bytes than should be decompressed for it.
+    #[error(
+        "the compressed stream that holds {path} has more than {} MiB up to its end",
+        STREAM_MAX >> 20
+    )]
+    StreamTooLarge {
+        /// The chunk's file.
         path: String,
     },
     /// Zeros that would take too long to hash.
