@@ -14,6 +14,24 @@ use peel_hash::Digest;
 /// Permission, set-id and sticky bits: all that [`Metadata::mode`] may hold.
 pub const MODE_MASK: u16 = 0o7777;
 
+/// Mode of every symbolic link: Linux has no other one, whatever the headers say.
+pub const SYMLINK_MODE: u16 = 0o777;
+
+/// The owner that an id of a header stands for; `None` for what is no id. `(uid_t)-1`, written as 4294967295 or as -1, is no user but
+/// "leave it" for chown(2): tools that unpack leave such a file to root, who made it.
+pub(crate) fn owner(id: i64) -> Option<u32> {
+    /// `(uid_t)-1`.
+    const LEAVE: u32 = u32::MAX;
+    match u32::try_from(id) {
+        Ok(LEAVE) => Some(0),
+        Ok(id) => Some(id),
+        Err(_) => (id == -1).then_some(0),
+    }
+}
+
+/// Bytes of memory that an extended attribute takes beside its name and value: two allocations, and its place in the map.
+pub const XATTR_COST: u64 = 80;
+
 /// Extended attributes: full name (`user.x`, `security.capability`, ...) to value.
 pub type Xattrs = BTreeMap<Box<[u8]>, Box<[u8]>>;
 
@@ -27,12 +45,32 @@ pub struct LayerIndex {
     pub prefetch_end: Option<u64>,
 }
 
+impl LayerIndex {
+    /// Bytes of memory that it takes, but for what allocations of names and lists cost beyond their length.
+    pub fn memory(&self) -> u64 {
+        let entries = self.entries.iter().map(|entry| {
+            let attributes = entry.metadata.xattrs.iter();
+            let attributes: u64 = attributes
+                .map(|(name, value)| XATTR_COST + (name.len() + value.len()) as u64)
+                .sum();
+            let content = match &entry.kind {
+                EntryKind::Regular(content) => content.chunks.len() * size_of::<Chunk>(),
+                EntryKind::Symlink(target) => target.len(),
+                EntryKind::Hardlink(target) => target.as_bytes().len(),
+                _ => 0,
+            };
+            (size_of::<Entry>() + entry.path.as_bytes().len() + content) as u64 + attributes
+        });
+        entries.sum()
+    }
+}
+
 /// One file, directory or other node of a layer.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Entry {
     /// Where it stands in the tree.
     pub path: EntryPath,
-    /// Owner, mode, times, attributes. Meaningless for hard links, which share their target's.
+    /// Owner, mode, times, attributes. Those of a hard link are given to the inode that it names.
     pub metadata: Metadata,
     /// What it is.
     pub kind: EntryKind,
@@ -41,11 +79,11 @@ pub struct Entry {
 /// What every inode has.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Metadata {
-    /// Bits of [`MODE_MASK`].
+    /// Bits of [`MODE_MASK`]; [`SYMLINK_MODE`] for a symbolic link.
     pub mode: u16,
-    /// Owning user id.
+    /// Owning user id; never 4294967295.
     pub uid: u32,
-    /// Owning group id.
+    /// Owning group id; never 4294967295.
     pub gid: u32,
     /// Modification time: seconds since the epoch, may be negative.
     pub mtime: i64,
@@ -151,5 +189,27 @@ impl FileContent {
     /// Whether every byte can be fetched on its own: the whole digest is known and the chunks cover the file.
     pub fn is_lazy(&self) -> bool {
         self.digest.is_some() && (self.size == 0 || !self.chunks.is_empty())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::owner;
+
+    #[test]
+    fn an_owner_that_is_none_is_root() {
+        for (id, expected) in [
+            (0, Some(0)),
+            (1000, Some(1000)),
+            (4_294_967_294, Some(4_294_967_294)),
+            (4_294_967_295, Some(0)),
+            (-1, Some(0)),
+            (4_294_967_296, None),
+            (-2, None),
+            (i64::MIN, None),
+            (i64::MAX, None),
+        ] {
+            assert_eq!(owner(id), expected, "{id}");
+        }
     }
 }

@@ -6,9 +6,10 @@
 //! long names, base-256 numbers, and sparse files of GNU tar (old GNU, PAX 0.0, 0.1, 1.0), which are expanded.
 //!
 //! Where readers differ, ours sides with Go's archive/tar, which containerd and Podman unpack with, so that an image means
-//! the same thing here and there; the exception are global PAX records, which POSIX applies and Go ignores. So a name that ends
-//! in `/` makes a directory of an entry of type NUL (V7) and of no other; GNU tar does that with type `0`, too. `LIBARCHIVE.xattr.*` records are ignored as in Go:
-//! bsdtar writes each attribute as `SCHILY.xattr.*` too.
+//! the same thing here and there. So global PAX records, which POSIX applies, mean nothing, and what stands before them is about
+//! them and not about the next entry; a name that ends in `/` makes a directory of an entry of type NUL (V7) and of no other, where
+//! GNU tar does that with type `0`, too. `LIBARCHIVE.xattr.*` records are ignored as in Go: bsdtar writes each attribute as
+//! `SCHILY.xattr.*` too.
 //!
 //! Streams come from strangers: every error names the entry and its offset, and every allocation has a limit.
 
@@ -55,6 +56,8 @@ pub struct TarEntry {
     pub metadata: Metadata,
     /// The mode as it stands in the header: some writers put the file type into it.
     pub raw_mode: i64,
+    /// User and group as they stand in the headers, where -1 and 4294967295 mean none.
+    pub raw_owner: (i64, i64),
     /// Time of the last access, seconds and nanoseconds, where the headers give one.
     pub access_time: Option<(i64, u32)>,
     /// Time of the last change of the inode, likewise.

@@ -7,11 +7,11 @@
 //!
 //! What counts is what a mount shows: names, types, owners, modes, times, attributes, contents, link targets. Files of
 //! the format itself (the TOC entry, landmarks) are left out. Times below a second count only where the table has them,
-//! because eStargz drops them. The entries may stand in another order where order means nothing.
+//! because eStargz drops them; a time that no table can tell may be cut ([`time::may_tell`]). The entries may stand in another order where order means nothing.
 
 use std::collections::BTreeMap;
 
-use crate::estargz::is_reserved;
+use crate::estargz::{is_reserved, time};
 use crate::layer::{Entry, EntryKind, LayerIndex, Metadata};
 use crate::path::EntryPath;
 
@@ -116,7 +116,11 @@ impl Views {
             Some("the mode")
         } else if (toc.uid, toc.gid) != (tar.uid, tar.gid) {
             Some("the owner")
-        } else if toc.mtime != tar.mtime || self.fine && toc.mtime_nanoseconds != tar.mtime_nanoseconds {
+        } else if !time::may_tell(
+            (toc.mtime, toc.mtime_nanoseconds),
+            (tar.mtime, tar.mtime_nanoseconds),
+            self.fine,
+        ) {
             Some("the modification time")
         } else if toc.xattrs != tar.xattrs {
             Some("the extended attributes")

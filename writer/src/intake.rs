@@ -214,6 +214,7 @@ impl<O: Outlet> Running<'_, O> {
         entry.self_contained &= is_as_it_was && is_usual(&entry);
         if !entry.self_contained {
             entry.raw_mode = entry.metadata.mode.into();
+            entry.raw_owner = (entry.metadata.uid.into(), entry.metadata.gid.into());
             (entry.access_time, entry.change_time) = (None, None);
         }
         Ok(entry)

@@ -86,6 +86,8 @@ pub(super) struct Entry {
     pub(super) mode: i64,
     pub(super) uid: u32,
     pub(super) gid: u32,
+    /// Both as they stand in the headers.
+    pub(super) raw_owner: (i64, i64),
     pub(super) user_name: String,
     pub(super) group_name: String,
     pub(super) modified: (i64, u32),
@@ -173,6 +175,7 @@ impl Entry {
             mode: entry.raw_mode,
             uid: metadata.uid,
             gid: metadata.gid,
+            raw_owner: entry.raw_owner,
             user_name: owner(&entry.user_name),
             group_name: owner(&entry.group_name),
             modified: (metadata.mtime, metadata.mtime_nanoseconds),

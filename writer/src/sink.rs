@@ -31,6 +31,8 @@ pub(super) enum Message {
     Json(Vec<u8>),
     /// The next bytes of the tar stream that belong to no content.
     Segment(Vec<u8>),
+    /// The TOC cannot tell a time of the entry that comes next as its headers do.
+    Inexact,
     /// The content of a file comes next, or an entry without one.
     File { name: String, size: u64, crc64: u64 },
 }
@@ -79,8 +81,10 @@ fn run(messages: &Receiver<Message>, shape: Shape) -> Result<Toc, WriteError> {
         Shape::Podman => Some(split().map_err(WriteError::Compressor)?),
         Shape::Estargz | Shape::StargzZstd => None,
     };
+    let mut is_exact = true;
     for message in messages {
         match (message, &mut split) {
+            (Message::Inexact, _) => is_exact = false,
             (Message::Json(data), _) => json.write(&data)?,
             (Message::Segment(data), Some(split)) => {
                 split.segment(&data).map_err(WriteError::Compressor)?;
@@ -102,7 +106,10 @@ fn run(messages: &Receiver<Message>, shape: Shape) -> Result<Toc, WriteError> {
             Some(TarSplit { data, length })
         }
     };
-    json.write(&shape.end(tar_split.as_ref().map(|split| Digest::of(&split.data))))?;
+    // Podman refuses a layer whose TOC and tar-split data disagree. Without the digest it does not look at the latter, and pulls the layer
+    // as an ordinary one (containers/storage, `pkg/chunked/compression_linux.go`, `readZstdChunkedManifest`).
+    let vouched = tar_split.as_ref().filter(|_| is_exact);
+    json.write(&shape.end(vouched.map(|split| Digest::of(&split.data))))?;
     let length = json.length;
     let digest = json.hasher.finish();
     let data = match json.encoder {

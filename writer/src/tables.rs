@@ -10,6 +10,7 @@ use super::sink::Message;
 use super::toc::{Placed, Renderer};
 use super::{Settings, WriteError};
 use peel_hash::Digest;
+use peel_image::estargz::time;
 use peel_image::path::EntryPath;
 
 /// What an entry is for.
@@ -89,6 +90,14 @@ impl Tables {
                 }
             }
             _ => {}
+        }
+        let times = [Some(entry.modified), entry.accessed, entry.changed];
+        if times
+            .iter()
+            .flatten()
+            .any(|(seconds, _)| !time::is_tellable(*seconds))
+        {
+            self.send(Message::Inexact)?;
         }
         let json = self.renderer.render(entry, record, places)?;
         self.send(Message::Json(json))

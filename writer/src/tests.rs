@@ -14,6 +14,7 @@ use peel_image::path::EntryPath;
 use peel_image::tar::{self, TarKind};
 
 mod formats;
+mod metadata;
 mod round_trip;
 
 /// A tar entry of a test: name, what it is, content.

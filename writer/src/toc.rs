@@ -12,7 +12,7 @@ use super::record::{Entry, Kind, Record};
 use super::{Dialect, WriteError};
 use peel_hash::Digest;
 use peel_image::estargz::time;
-use peel_image::layer::MODE_MASK;
+use peel_image::layer::{MODE_MASK, SYMLINK_MODE};
 
 /// Where a chunk is in the blob.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -139,7 +139,13 @@ impl Renderer {
         // An empty target is the root directory, which readers want to see.
         let is_to_root = entry.kind == Kind::Hardlink && entry.link.is_empty();
         object.text("linkName", if is_to_root { "/" } else { &entry.link })?;
-        object.signed("mode", entry.mode & i64::from(MODE_MASK));
+        object.signed(
+            "mode",
+            match entry.kind {
+                Kind::Symlink => SYMLINK_MODE.into(),
+                _ => entry.mode & i64::from(MODE_MASK),
+            },
+        );
         object.number("uid", entry.uid.into());
         object.number("gid", entry.gid.into());
         object.text("userName", user)?;
@@ -175,6 +181,7 @@ impl Renderer {
         Ok(())
     }
 
+    /// Mode, owner and times as they stand in the headers: Podman compares them with those of the tar-split data.
     fn podman(
         &mut self,
         entry: &Entry,
@@ -189,8 +196,8 @@ impl Renderer {
         object.text("linkName", &entry.link)?;
         object.signed("mode", entry.mode);
         object.number("size", record.size);
-        object.number("uid", entry.uid.into());
-        object.number("gid", entry.gid.into());
+        object.signed("uid", entry.raw_owner.0);
+        object.signed("gid", entry.raw_owner.1);
         object.time("modtime", Some(entry.modified))?;
         object.time("accesstime", entry.accessed)?;
         object.time("changetime", entry.changed)?;

@@ -1,7 +1,8 @@
 //! Modification times of a TOC: RFC 3339 text to and from seconds since the epoch.
 //!
 //! Upstream writes whole seconds in UTC (`2023-11-14T22:13:20Z`) and leaves the text away for the epoch itself; readers
-//! must take fractions and zone offsets too, as the RFC has them. The calendar is the proleptic Gregorian one; days are
+//! must take fractions and zone offsets too, as the RFC has them. What is written has years of four digits, whatever the time: Go's
+//! readers refuse the whole TOC for any other. What is read may have any year, since other writers do not look. The calendar is the proleptic Gregorian one; days are
 //! counted with years that start in March, so that the leap day is the last day of its year.
 
 const SECONDS_PER_DAY: i64 = 86_400;
@@ -12,29 +13,77 @@ const EPOCH: i64 = 719_468;
 /// Digits of the farthest year that 64 bits of seconds reach.
 const YEAR_DIGITS: usize = 12;
 
-/// Formats a time as upstream does: rounded to whole seconds (half a second up), UTC; empty for the second of the epoch.
-pub fn format(seconds: i64, nanoseconds: u32) -> String {
-    if seconds == 0 {
-        return String::new();
+/// 0000-01-01T00:00:00Z in seconds since the epoch: the first second that RFC 3339 can tell, which has years of four digits.
+const FIRST: i64 = -62_167_219_200;
+/// 9999-12-31T23:59:59Z in seconds since the epoch: the last one.
+const LAST: i64 = 253_402_300_799;
+
+/// Whether RFC 3339 can tell a time of so many seconds since the epoch.
+pub fn is_tellable(seconds: i64) -> bool {
+    (FIRST..=LAST).contains(&seconds)
+}
+
+/// The whole second that stands in a TOC of whole seconds for a time: rounded (half a second up), but for the second of the epoch,
+/// and cut to the years 0000 to 9999, since Go's readers refuse the whole TOC for any other one.
+pub fn rounded(seconds: i64, nanoseconds: u32) -> i64 {
+    let half = seconds != 0 && nanoseconds >= 500_000_000;
+    seconds.saturating_add(i64::from(half)).clamp(FIRST, LAST)
+}
+
+/// The time that stands in a TOC with fractions for a time: the same, but cut to the years 0000 to 9999.
+pub fn cut(seconds: i64, nanoseconds: u32) -> (i64, u32) {
+    if is_tellable(seconds) {
+        (seconds, nanoseconds)
+    } else {
+        (seconds.clamp(FIRST, LAST), 0)
     }
-    let seconds = seconds.saturating_add(i64::from(nanoseconds >= 500_000_000));
+}
+
+/// 0001-01-01T00:00:00Z in seconds since the epoch: what Go's writers make of a time that nobody set, and readers of no time.
+pub const GO_ZERO: i64 = -62_135_596_800;
+
+/// Whether a TOC that says `told` of a file may stand for a tar stream that says `given`. `is_fine`: the TOC has fractions of seconds;
+/// without them, writers round or cut them off.
+pub fn may_tell(told: (i64, u32), given: (i64, u32), is_fine: bool) -> bool {
+    let (seconds, nanoseconds) = match given {
+        (GO_ZERO, nanoseconds) => (0, nanoseconds),
+        given => given,
+    };
+    if is_fine {
+        return told == (seconds, nanoseconds) || told == cut(seconds, nanoseconds);
+    }
+    let half = i64::from(nanoseconds >= 500_000_000);
+    [
+        seconds,
+        seconds.saturating_add(half),
+        rounded(seconds, nanoseconds),
+    ]
+    .contains(&told.0)
+}
+
+/// Formats a time as upstream does, as [`rounded`] has it, in UTC; empty for the second of the epoch.
+pub fn format(seconds: i64, nanoseconds: u32) -> String {
+    match seconds {
+        0 => String::new(),
+        _ => text(rounded(seconds, nanoseconds)),
+    }
+}
+
+/// The text of a second that can be told.
+fn text(seconds: i64) -> String {
     let (days, second) = (
         seconds.div_euclid(SECONDS_PER_DAY),
         seconds.rem_euclid(SECONDS_PER_DAY),
     );
     let (year, month, day) = date(days);
     let (hour, minute, second) = (second / 3600, second / 60 % 60, second % 60);
-    let sign = if year < 0 { "-" } else { "" };
-    let year = year.unsigned_abs();
-    format!("{sign}{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}Z")
+    format!("{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}Z")
 }
 
-/// Formats a time with its fraction, as Go's `RFC3339Nano` does: no more digits than needed.
+/// Formats a time with its fraction, as Go's `RFC3339Nano` does: no more digits than needed. Cut as [`cut`] has it.
 pub fn format_exactly(seconds: i64, nanoseconds: u32) -> String {
-    let whole = match seconds {
-        0 => "1970-01-01T00:00:00Z".to_owned(),
-        _ => format(seconds, 0),
-    };
+    let (seconds, nanoseconds) = cut(seconds, nanoseconds);
+    let whole = text(seconds);
     if nanoseconds == 0 {
         return whole;
     }
@@ -47,7 +96,7 @@ pub fn format_exactly(seconds: i64, nanoseconds: u32) -> String {
 }
 
 /// Parses a time to seconds and nanoseconds since the epoch; `None` if the text is not RFC 3339. Years may have more than
-/// four digits and a sign, which [`format`] needs for the times that tar can hold.
+/// four digits and a sign: other writers tell the times that tar can hold like that.
 pub fn parse(text: &str) -> Option<(i64, u32)> {
     parse_usual(text.as_bytes()).or_else(|| parse_any(text))
 }
@@ -221,11 +270,56 @@ mod tests {
             ("2000-02-29T12:00:00Z", 951_825_600),
             ("1900-03-01T00:00:00Z", -2_203_891_200),
             ("0001-01-01T00:00:00Z", -62_135_596_800),
-            ("9999-12-31T23:59:59Z", 253_402_300_799),
-            ("10000-01-01T00:00:00Z", 253_402_300_800),
+            ("0000-01-01T00:00:00Z", FIRST),
+            ("9999-12-31T23:59:59Z", LAST),
         ] {
             assert_eq!(parse(text), Some((seconds, 0)), "{text}");
             assert_eq!(format(seconds, 0), text);
+        }
+    }
+
+    #[test]
+    fn years_of_other_than_four_digits_are_read_and_never_written() {
+        let (first, last) = ("0000-01-01T00:00:00Z", "9999-12-31T23:59:59Z");
+        for (text, seconds) in [
+            ("10000-01-01T00:00:00Z", LAST + 1),
+            ("-0001-12-31T23:59:59Z", FIRST - 1),
+            ("292277026596-12-04T15:30:07Z", i64::MAX),
+        ] {
+            assert_eq!(parse(text), Some((seconds, 0)), "{text}");
+            let cut_off = if seconds < 0 { first } else { last };
+            for nanoseconds in [0, 499_999_999, 999_999_999] {
+                assert_eq!(format(seconds, nanoseconds), cut_off);
+                assert_eq!(format_exactly(seconds, nanoseconds), cut_off);
+            }
+        }
+        // Rounding must not lead there.
+        assert_eq!(format(LAST, 999_999_999), last);
+        assert_eq!(format_exactly(LAST, 5), "9999-12-31T23:59:59.000000005Z");
+        assert_eq!(format(FIRST - 1, 500_000_000), first);
+        assert_eq!(format(i64::MIN, 0), first);
+    }
+
+    #[test]
+    fn what_a_toc_may_say_of_a_time() {
+        for (told, given, is_fine, may) in [
+            ((7, 0), (7, 0), true, true),
+            ((7, 0), (7, 1), true, false),
+            ((7, 0), (7, 1), false, true),
+            ((8, 0), (7, 500_000_000), false, true),
+            ((7, 0), (7, 500_000_000), false, true),
+            ((8, 0), (7, 499_999_999), false, false),
+            ((LAST, 0), (LAST + 1, 5), true, true),
+            ((LAST, 0), (LAST + 1, 5), false, true),
+            // As other writers have it.
+            ((LAST + 1, 0), (LAST + 1, 0), false, true),
+            ((FIRST, 0), (i64::MIN, 0), true, true),
+            ((LAST, 0), (LAST - 1, 0), true, false),
+            ((0, 0), (GO_ZERO, 0), true, true),
+            ((0, 0), (GO_ZERO, 0), false, true),
+            ((0, 0), (LAST + 1, 0), false, false),
+        ] {
+            assert_eq!(may_tell(told, given, is_fine), may, "{told:?} {given:?}");
         }
     }
 
@@ -300,10 +394,17 @@ mod tests {
 
     proptest! {
         #[test]
-        fn round_trip(seconds in prop_oneof![any::<i64>(), -5_000_000_000i64..5_000_000_000, Just(i64::MIN), Just(i64::MAX)]) {
+        fn round_trip(
+            seconds in prop_oneof![any::<i64>(), FIRST..LAST, -5_000_000_000i64..5_000_000_000, Just(i64::MIN), Just(i64::MAX)],
+            nanoseconds in 0u32..1_000_000_000,
+        ) {
+            let exact = format_exactly(seconds, nanoseconds);
+            prop_assert_eq!(parse(&exact), Some(cut(seconds, nanoseconds)), "{}", exact);
+            prop_assert!(exact.as_bytes()[..4].iter().all(u8::is_ascii_digit), "{}", exact);
             prop_assume!(seconds != 0);
-            let text = format(seconds, 0);
-            prop_assert_eq!(parse(&text), Some((seconds, 0)), "{}", text);
+            let text = format(seconds, nanoseconds);
+            prop_assert_eq!(parse(&text), Some((rounded(seconds, nanoseconds), 0)), "{}", text);
+            prop_assert!(text.len() == 20, "{}", text);
         }
 
         #[test]

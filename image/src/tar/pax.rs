@@ -121,6 +121,14 @@ pub(super) fn decimal(text: &[u8]) -> Option<u64> {
     })
 }
 
+/// A number in decimal digits, with or without a sign before them.
+pub(super) fn signed(text: &[u8]) -> Option<i64> {
+    match text.strip_prefix(b"-") {
+        None => i64::try_from(decimal(text)?).ok(),
+        Some(text) => 0_i64.checked_sub_unsigned(decimal(text)?),
+    }
+}
+
 /// A time as seconds, which may be negative, and nanoseconds after them; digits beyond nanoseconds are cut off.
 pub(super) fn parse_time(text: &[u8]) -> Option<(i64, u32)> {
     let (negative, text) = match text.strip_prefix(b"-") {
@@ -225,6 +233,25 @@ mod tests {
         let mut xattrs = Xattrs::new();
         records.xattrs(&mut xattrs).unwrap();
         assert_eq!(xattrs.get(&b"a"[..]).unwrap().as_ref(), b"\n=\0\xff b");
+    }
+
+    #[test]
+    fn signed_numbers() {
+        for (text, number) in [
+            ("0", Some(0)),
+            ("-1", Some(-1)),
+            ("9223372036854775807", Some(i64::MAX)),
+            ("-9223372036854775808", Some(i64::MIN)),
+            ("9223372036854775808", None),
+            ("-9223372036854775809", None),
+            ("", None),
+            ("-", None),
+            ("--1", None),
+            ("+1", None),
+            (" 1", None),
+        ] {
+            assert_eq!(signed(text.as_bytes()), number, "{text}");
+        }
     }
 
     #[test]

@@ -9,7 +9,7 @@ use super::header::{self, BLOCK, Block, Field, until_nul};
 use super::pax::{self, Records};
 use super::sparse::{self, DataMap, Map};
 use super::{EXTENSION_MAX, HEADERS_MAX, HOLES_MAX, TarEntry, TarError, TarKind, TarProblem};
-use crate::layer::{Device, MODE_MASK, Metadata};
+use crate::layer::{self, Device, MODE_MASK, Metadata, SYMLINK_MODE};
 use crate::path::{EntryPath, PATH_MAX};
 
 /// Bytes read ahead: headers are 512 bytes, and the stream below is often a decompressor.
@@ -26,7 +26,8 @@ pub struct Reader<R> {
     padding: u64,
     sparse: Option<Expansion>,
     holes: u64,
-    globals: Option<Records>,
+    /// Whether there was a global PAX header. It changes nothing here.
+    has_globals: bool,
     /// Name and offset of the current entry, for messages.
     name: Vec<u8>,
     offset: u64,
@@ -61,6 +62,8 @@ pub struct Trailer {
 #[derive(Default)]
 struct Extensions {
     raw: Vec<u8>,
+    /// Whether some of them wait for the entry that they are about.
+    is_pending: bool,
     local: Records,
     long_name: Option<Vec<u8>>,
     long_link: Option<Vec<u8>>,
@@ -76,7 +79,7 @@ impl<R: Read> Reader<R> {
             padding: 0,
             sparse: None,
             holes: 0,
-            globals: None,
+            has_globals: false,
             name: Vec::new(),
             offset: 0,
             end: None,
@@ -153,14 +156,14 @@ impl<R: Read> Reader<R> {
         let mut extensions = Extensions::default();
         loop {
             let Some(block) = self.read_block()? else {
-                return if extensions.raw.is_empty() {
-                    Ok(None)
-                } else {
+                return if extensions.is_pending {
                     Err(TarProblem::Truncated("an extended header"))
+                } else {
+                    Ok(None)
                 };
             };
             if block.is_zero() {
-                if !extensions.raw.is_empty() {
+                if extensions.is_pending {
                     return Err(TarProblem::Truncated("an extended header"));
                 }
                 return match self.read_block()? {
@@ -173,6 +176,7 @@ impl<R: Read> Reader<R> {
             }
             block.verify()?;
             push_raw(&mut extensions.raw, &block.0)?;
+            extensions.is_pending = true;
             match block.kind() {
                 b'x' | b'X' => {
                     let data = self.read_extension(&block, &mut extensions.raw)?;
@@ -180,7 +184,13 @@ impl<R: Read> Reader<R> {
                 }
                 b'g' => {
                     let data = self.read_extension(&block, &mut extensions.raw)?;
-                    self.globals.get_or_insert_default().parse(&data)?;
+                    Records::default().parse(&data)?;
+                    self.has_globals = true;
+                    // Go's reader gives it to its caller as an entry of its own: what came before it belongs to that.
+                    extensions = Extensions {
+                        raw: std::mem::take(&mut extensions.raw),
+                        ..Extensions::default()
+                    };
                 }
                 b'L' => {
                     let data = self.read_extension(&block, &mut extensions.raw)?;
@@ -204,9 +214,8 @@ impl<R: Read> Reader<R> {
     }
 
     fn assemble(&mut self, block: &Block, mut extensions: Extensions) -> Result<TarEntry, TarProblem> {
-        let records = Layered {
+        let records = Fields {
             local: &extensions.local,
-            global: self.globals.as_ref(),
         };
         let holes = sparse::pax(&extensions.local)?;
         let name = records
@@ -225,7 +234,8 @@ impl<R: Read> Reader<R> {
             .take()
             .or_else(|| records.get(b"linkpath").map(<[u8]>::to_vec))
             .unwrap_or_else(|| block.text(header::LINK).to_vec());
-        let metadata = records.metadata(block)?;
+        let raw_owner = records.owner(block)?;
+        let metadata = records.metadata(block, raw_owner)?;
         let raw_mode = block.number(header::MODE)?;
         let access_time = records.time(block, b"atime", header::GNU_ACCESS_TIME)?;
         let change_time = records.time(block, b"ctime", header::GNU_CHANGE_TIME)?;
@@ -283,7 +293,7 @@ impl<R: Read> Reader<R> {
             b'6' => TarKind::Fifo,
             other => return Err(TarProblem::Type(char::from(other))),
         };
-        let self_contained = map.is_none() && self.globals.is_none() && block.kind() != b'D';
+        let self_contained = map.is_none() && !self.has_globals && block.kind() != b'D';
         if let Some(map) = map {
             self.holes = self.holes.saturating_add(map.holes());
             if self.holes > HOLES_MAX {
@@ -304,6 +314,7 @@ impl<R: Read> Reader<R> {
             path,
             metadata,
             raw_mode,
+            raw_owner,
             access_time,
             change_time,
             kind,
@@ -499,16 +510,14 @@ fn device(block: &Block) -> Result<Device, TarProblem> {
     })
 }
 
-/// Local records over global ones over the header. An empty local value takes back a global one.
-struct Layered<'a> {
+/// Records over the header. An empty value stands for none.
+struct Fields<'a> {
     local: &'a Records,
-    global: Option<&'a Records>,
 }
 
-impl<'a> Layered<'a> {
+impl<'a> Fields<'a> {
     fn get(&self, key: &[u8]) -> Option<&'a [u8]> {
-        let global = || self.global.and_then(|records| records.map.get(key));
-        let value = self.local.map.get(key).or_else(global)?;
+        let value = self.local.map.get(key)?;
         Some(value.as_ref()).filter(|value| !value.is_empty())
     }
 
@@ -526,23 +535,32 @@ impl<'a> Layered<'a> {
         }
     }
 
-    fn metadata(&self, block: &Block) -> Result<Metadata, TarProblem> {
-        let mode = block.number(header::MODE)? & i64::from(MODE_MASK);
+    /// Owning user and group as the headers have them.
+    fn owner(&self, block: &Block) -> Result<(i64, i64), TarProblem> {
+        let id = |key: &[u8], field: Field| match self.get(key) {
+            None => block.number(field),
+            Some(text) => pax::signed(text).ok_or(TarProblem::Number(field.name)),
+        };
+        Ok((id(b"uid", header::UID)?, id(b"gid", header::GID)?))
+    }
+
+    fn metadata(&self, block: &Block, (uid, gid): (i64, i64)) -> Result<Metadata, TarProblem> {
+        let mode = match block.kind() {
+            b'2' => i64::from(SYMLINK_MODE),
+            _ => block.number(header::MODE)? & i64::from(MODE_MASK),
+        };
         let (mtime, mtime_nanoseconds) = match self.get(b"mtime") {
             None => (block.number(header::MTIME)?, 0),
             Some(text) => pax::parse_time(text).ok_or(TarProblem::Number("mtime"))?,
         };
         let mut metadata = Metadata {
             mode: u16::try_from(mode).map_err(|_| TarProblem::Number("mode"))?,
-            uid: self.number(b"uid", "uid", || block.unsigned(header::UID))?,
-            gid: self.number(b"gid", "gid", || block.unsigned(header::GID))?,
+            uid: layer::owner(uid).ok_or(TarProblem::Number(header::UID.name))?,
+            gid: layer::owner(gid).ok_or(TarProblem::Number(header::GID.name))?,
             mtime,
             mtime_nanoseconds,
             ..Metadata::default()
         };
-        if let Some(global) = self.global {
-            global.xattrs(&mut metadata.xattrs)?;
-        }
         self.local.xattrs(&mut metadata.xattrs)?;
         Ok(metadata)
     }

@@ -7,7 +7,7 @@ use proptest::prelude::*;
 use super::header::{self, Block};
 use super::write::{NewEntry, Writer, encode_header};
 use super::{BLOCK, Reader, TarEntry, TarKind, TarProblem};
-use crate::layer::{Device, Metadata};
+use crate::layer::{Device, Metadata, SYMLINK_MODE};
 use crate::path::EntryPath;
 
 #[derive(Debug, Clone)]
@@ -100,7 +100,7 @@ fn metadata() -> impl Strategy<Value = Metadata> {
         proptest::collection::vec(any::<u8>(), 0..100).prop_map(Vec::into_boxed_slice),
         0..4,
     );
-    let id = || prop_oneof![0..70_000_u32, any::<u32>()];
+    let id = || prop_oneof![0..70_000_u32, 0..u32::MAX];
     let time = prop_oneof![0..2_000_000_000_i64, -1000..1000_i64, (i64::MIN + 1)..i64::MAX];
     let nanoseconds = prop_oneof![Just(0), 0..1_000_000_000_u32];
     (0_u16..0o10000, id(), id(), time, nanoseconds, xattrs).prop_map(
@@ -118,13 +118,18 @@ fn metadata() -> impl Strategy<Value = Metadata> {
 fn sample() -> impl Strategy<Value = Sample> {
     let owner = || proptest::collection::vec(1_u8..=255, 0..40);
     (name(), metadata(), kind(), owner(), owner()).prop_map(
-        |(name, metadata, (kind, content), user_name, group_name)| Sample {
-            name,
-            metadata,
-            kind,
-            content,
-            user_name,
-            group_name,
+        |(name, mut metadata, (kind, content), user_name, group_name)| {
+            if matches!(kind, TarKind::Symlink(_)) {
+                metadata.mode = SYMLINK_MODE;
+            }
+            Sample {
+                name,
+                metadata,
+                kind,
+                content,
+                user_name,
+                group_name,
+            }
         },
     )
 }
@@ -311,42 +316,109 @@ fn old_and_odd_headers() {
     assert_eq!(read(&[link.clone(), link].concat()).len(), 2);
 }
 
+/// An extended header of this type.
+fn records(kind: u8, records: &[(&[u8], &[u8])]) -> Vec<u8> {
+    let mut data = Vec::new();
+    for (key, value) in records {
+        super::pax::push(&mut data, key, value);
+    }
+    let size = data.len() as u64;
+    let header = altered(&TarKind::Regular { size }, |b| b[156] = kind);
+    [&header, &data[..], super::write::padding(size)].concat()
+}
+
 #[test]
-fn global_records_apply_until_taken_back() {
-    let records = |kind: u8, records: &[(&[u8], &[u8])]| {
-        let mut data = Vec::new();
-        for (key, value) in records {
-            super::pax::push(&mut data, key, value);
-        }
-        let header = altered(
-            &TarKind::Regular {
-                size: data.len() as u64,
-            },
-            |b| b[156] = kind,
-        );
-        let padding = super::write::padding(data.len() as u64);
-        [&header, &data[..], padding].concat()
-    };
+fn global_records_mean_nothing() {
     let fifo = header_of(b"fifo", &TarKind::Fifo);
+    let global = records(
+        b'g',
+        &[
+            (b"uid", b"7"),
+            (b"mtime", b"1.5"),
+            (b"path", b"other"),
+            (b"SCHILY.xattr.user.a", b"v"),
+        ],
+    );
+    let before = records(b'x', &[(b"path", b"lost"), (b"gid", b"9")]);
+    let after = records(b'x', &[(b"path", b"kept"), (b"mtime", b"2")]);
     let stream = [
-        records(
-            b'g',
-            &[(b"uid", b"7"), (b"mtime", b"1.5"), (b"SCHILY.xattr.user.a", b"v")],
-        ),
+        // What stands before a global header is about that header, as in Go.
+        before,
+        global.clone(),
         fifo.clone(),
-        records(b'x', &[(b"uid", b""), (b"mtime", b"2")]),
+        global.clone(),
+        after,
+        fifo.clone(),
         fifo,
+        // At the end of the entries, too.
+        global.clone(),
     ]
     .concat();
     let entries = read(&stream);
-    let of = |index: usize| &entries[index].0.metadata;
+    let found: Vec<_> = entries
+        .iter()
+        .map(|(entry, _)| (&*entry.name, entry.metadata.mtime, entry.metadata.xattrs.len()))
+        .collect();
+    assert_eq!(found, [(&b"fifo"[..], 0, 0), (b"kept", 2, 0), (b"fifo", 0, 0)]);
+    for (entry, _) in &entries {
+        assert_eq!((entry.metadata.uid, entry.metadata.gid), (0, 0));
+        assert!(!entry.self_contained);
+    }
+    // Their bytes are kept with the entry that follows, and what is malformed is still an error.
     assert_eq!(
-        (of(0).uid, of(0).mtime, of(0).mtime_nanoseconds),
-        (7, 1, 500_000_000)
+        entries[1].0.raw_headers.get(..global.len()),
+        Some(global.as_slice())
     );
-    assert_eq!(of(0).xattrs.len(), 1);
-    assert_eq!((of(1).uid, of(1).mtime), (0, 2));
-    assert!(!entries[0].0.self_contained && !entries[1].0.self_contained);
+    let mut broken = global;
+    broken[512] = b'x';
+    assert!(Reader::new(broken.as_slice()).next_entry().is_err());
+}
+
+#[test]
+fn owners_that_are_none_and_modes_of_links() {
+    let pax = |id: &[u8]| {
+        [
+            records(b'x', &[(b"uid", id), (b"gid", id)]),
+            header_of(b"fifo", &TarKind::Fifo),
+        ]
+        .concat()
+    };
+    let binary = |bytes: [u8; 8]| {
+        altered(&TarKind::Fifo, |block| {
+            block[108..116].copy_from_slice(&bytes);
+            block[116..124].copy_from_slice(&bytes);
+        })
+        .to_vec()
+    };
+    for (stream, raw, id) in [
+        (pax(b"4294967295"), 4_294_967_295, Some(0)),
+        (pax(b"-1"), -1, Some(0)),
+        (pax(b"4294967294"), 4_294_967_294, Some(4_294_967_294)),
+        (pax(b"4294967296"), 0, None),
+        (pax(b"-2"), 0, None),
+        (
+            binary([0x80, 0, 0, 0, 255, 255, 255, 255]),
+            4_294_967_295,
+            Some(0),
+        ),
+        (binary([255; 8]), -1, Some(0)),
+        (binary([0x80, 0, 0, 1, 0, 0, 0, 0]), 0, None),
+        (binary(*b"0001750\0"), 1000, Some(1000)),
+    ] {
+        match (Reader::new(stream.as_slice()).next_entry(), id) {
+            (Ok(Some(entry)), Some(id)) => {
+                assert_eq!((entry.metadata.uid, entry.metadata.gid), (id, id));
+                assert_eq!(entry.raw_owner, (raw, raw));
+            }
+            (Err(error), None) => assert!(error.to_string().contains("uid"), "{error}"),
+            (other, _) => panic!("{raw}: {other:?}"),
+        }
+    }
+    let link = altered(&TarKind::Symlink(b"x"[..].into()), |block| {
+        block[100..108].copy_from_slice(b"0000644\0");
+    });
+    let entry = Reader::new(link.as_slice()).next_entry().unwrap().unwrap();
+    assert_eq!((entry.metadata.mode, entry.raw_mode), (0o777, 0o644));
 }
 
 #[test]

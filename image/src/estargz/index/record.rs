@@ -8,13 +8,12 @@ use base64::Engine as _;
 
 use super::super::time;
 use super::super::toc::{TocEntry, TocError};
-use crate::layer::{Device, EntryKind, MODE_MASK, Metadata, Xattrs};
+use peel_hash::Digest;
+use crate::layer::{self, Device, EntryKind, MODE_MASK, Metadata, SYMLINK_MODE, Xattrs};
 use crate::path::{EntryPath, PATH_MAX};
 use crate::tar::{XATTR_NAME_MAX, XATTR_VALUE_MAX};
-use peel_hash::Digest;
 
-/// 0001-01-01T00:00:00Z in seconds since the epoch.
-const GO_ZERO_TIME: i64 = -62_135_596_800;
+
 /// A run of zeros as `chunkType`.
 const ZEROS: &str = "zeros";
 
@@ -107,6 +106,10 @@ impl Fields<'_> {
         T::try_from(number).map_err(|_| self.error(field, format!("{number} is out of range")))
     }
 
+    fn owner(&self, field: &'static str, id: i64) -> Result<u32, TocError> {
+        layer::owner(id).ok_or_else(|| self.error(field, format!("{id} is out of range")))
+    }
+
     #[expect(
         clippy::ptr_arg,
         reason = "whether the text is borrowed tells whether the JSON has an escape in it"
@@ -148,7 +151,11 @@ impl Fields<'_> {
 
     fn metadata(&self) -> Result<Metadata, TocError> {
         let entry = self.0;
-        let mode: u64 = self.number("mode", entry.mode)?;
+        let mode = match &*entry.kind {
+            "symlink" => i64::from(SYMLINK_MODE),
+            _ => entry.mode,
+        };
+        let mode: u64 = self.number("mode", mode)?;
         let (mtime, mtime_nanoseconds) = if entry.modtime.is_empty() {
             (0, 0)
         } else {
@@ -160,12 +167,12 @@ impl Fields<'_> {
             })?
         };
         // What Go makes of a time that nobody set.
-        let mtime = if mtime == GO_ZERO_TIME { 0 } else { mtime };
+        let mtime = if mtime == time::GO_ZERO { 0 } else { mtime };
         Ok(Metadata {
             // Some builders leave the file type in; the entry's type says it already.
             mode: u16::try_from(mode & u64::from(MODE_MASK)).unwrap_or(0),
-            uid: self.number("uid", entry.uid)?,
-            gid: self.number("gid", entry.gid)?,
+            uid: self.owner("uid", entry.uid)?,
+            gid: self.owner("gid", entry.gid)?,
             mtime,
             mtime_nanoseconds,
             xattrs: entry

@@ -110,12 +110,13 @@ fn every_type_is_understood() {
         Metadata {
             mode: 0o1777,
             uid: 7,
-            gid: u32::MAX,
+            gid: 0,
             mtime: 1_700_000_000,
             mtime_nanoseconds: 0,
             xattrs: [(b"user.colour".as_slice().into(), b"blue".as_slice().into())].into(),
         }
     );
+    assert_eq!(index.entries[1].metadata.mode, 0o777);
 }
 
 #[test]
@@ -253,7 +254,7 @@ fn lies_are_errors_that_name_the_field() {
         (r#"{"name":"f","type":"reg","size":1,"digest":"sha512:00"}"#.into(), "digest"),
         (r#"{"name":"f","type":"reg","size":1,"chunkDigest":"x"}"#.into(), "chunkDigest"),
         (r#"{"name":"d","type":"dir","mode":-1}"#.into(), "mode"),
-        (r#"{"name":"d","type":"dir","uid":-1}"#.into(), "uid"),
+        (r#"{"name":"d","type":"dir","uid":-2}"#.into(), "uid"),
         (r#"{"name":"d","type":"dir","gid":4294967296}"#.into(), "gid"),
         (r#"{"name":"d","type":"dir","modtime":"yesterday"}"#.into(), "modtime"),
         (r#"{"name":"d","type":"dir","xattrs":{"":""}}"#.into(), "xattrs"),
