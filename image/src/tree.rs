@@ -8,6 +8,9 @@
 //! * Parents without an entry keep the lower layer's metadata, else they are 0755, root:root, mtime 0.
 //! * A path through a symbolic link of the same layer follows it, inside the tree; a symbolic link of a lower layer is
 //!   replaced by a directory.
+//! * A hard link gives its own owner, mode, time and attributes to the inode that it names, in the order of the layer; as after
+//!   chown(2), a capability that it does not repeat is gone. A link whose target comes later gives nothing.
+//! * AUFS's bookkeeping in the root directory (`.wh..wh.plnk` and its like) is not part of the tree; hard links into it are.
 //! * A character device 0:0 is overlayfs's whiteout, and `trusted.overlay.*` attributes steer overlayfs: no image may
 //!   bring either into the tree.
 //!
@@ -15,6 +18,7 @@
 //! eStargz's landmarks and TOC are left out of the root directory.
 
 mod children;
+mod inherit;
 mod merge;
 #[cfg(test)]
 mod tests;
@@ -22,15 +26,26 @@ mod walk;
 
 use std::collections::BTreeMap;
 
-use crate::layer::{Device, LayerIndex, Metadata};
+use peel_hash::Digest;
+use crate::layer::{Device, EntryKind, LayerIndex, Metadata, XATTR_COST};
 use crate::path::EntryPath;
 use peel_hash::Digest;
 
 pub use walk::{ResolveError, Walk};
 
-/// Most inodes of a tree: as many as [`crate::tar::index::ENTRIES_MAX`]. A path of 4 KiB can name 2,000 directories,
-/// so entries alone bound nothing.
+/// Most inodes of a tree: as many as [`crate::tar::index::ENTRIES_MAX`].
 pub const INODES_MAX: u32 = 10_000_000;
+/// Most directories of a layer that have no entry and are made because a path leads through them. A path of 4 KiB can name 2,000 of
+/// them, so entries alone bound nothing. Layers without such entries exist (Bazel makes them), with some ten thousand directories.
+pub const IMPLIED_MAX: u32 = 250_000;
+/// The same for all layers of an image.
+pub const IMAGE_IMPLIED_MAX: u32 = 500_000;
+/// Most bytes of memory that a tree takes while it is made, as [`cost`] counts them: more than three million directories, or eight
+/// million files.
+pub const TREE_MAX: u64 = 2 << 30;
+/// Most directories and symbolic links that are passed on the way to the entries of an image and to the targets of its hard links. A few
+/// seconds; an image of ten million files that come in no order needs a third of that.
+pub const STEPS_MAX: u64 = 300_000_000;
 /// Most symbolic links followed on one path (Linux `MAXSYMLINKS`).
 pub const SYMLINKS_MAX: u32 = 40;
 
@@ -191,12 +206,68 @@ pub enum TreeError {
         /// Its digest as the layer says.
         digest: Digest,
     },
+    /// More directories without entries than a layer or an image may have.
+    #[error("layer {layer}: its paths lead through more than {limit} directories that have no entry{}", of_image(*limit))]
+    TooManyImplied {
+        /// The layer that brings the first one too many.
+        layer: u32,
+        /// [`IMPLIED_MAX`] or [`IMAGE_IMPLIED_MAX`].
+        limit: u32,
+    },
+    /// More memory than a tree may take.
+    #[error(
+        "layer {layer}: the files and directories of the image would take more than {TREE_MAX} bytes of memory"
+    )]
+    TooLarge {
+        /// The layer that brings the first one too many.
+        layer: u32,
+    },
+    /// More work than a tree may make.
+    #[error(
+        "layer {layer}: the paths of the image lead through more than {STEPS_MAX} directories and symbolic links in all"
+    )]
+    TooManySteps {
+        /// The layer that takes the first one too many.
+        layer: u32,
+    },
     /// More files and directories than a tree may have.
     #[error("layer {layer}: the image has more than {INODES_MAX} files and directories")]
     TooManyInodes {
         /// The layer that brings the first one too many.
         layer: u32,
     },
+}
+
+/// How a message goes on about a limit of implied directories.
+fn of_image(limit: u32) -> &'static str {
+    if limit == IMAGE_IMPLIED_MAX {
+        ", together with the layers below"
+    } else {
+        ""
+    }
+}
+
+/// Bytes of memory that the entries of a layer take in a tree while that is made, without the directories that have no entry. As measured
+/// with the system's allocator; names in directories included.
+pub fn cost(layer: &LayerIndex) -> u64 {
+    let entries = layer.entries.iter();
+    entries
+        .map(|entry| inode_cost(matches!(entry.kind, EntryKind::Directory), &entry.metadata))
+        .fold(0, u64::saturating_add)
+}
+
+/// Bytes of memory of a directory that holds one name: node, inode, and two lists of names.
+const DIRECTORY_COST: u64 = 600;
+/// The same of anything else.
+const LEAF_COST: u64 = 250;
+
+fn inode_cost(is_directory: bool, metadata: &Metadata) -> u64 {
+    let own = if is_directory { DIRECTORY_COST } else { LEAF_COST };
+    metadata
+        .xattrs
+        .iter()
+        .map(|(name, value)| XATTR_COST + (name.len() + value.len()) as u64)
+        .fold(own, u64::saturating_add)
 }
 
 impl TreeError {
@@ -213,6 +284,9 @@ impl TreeError {
             | Self::Root { layer, .. }
             | Self::NoDigest { layer, .. }
             | Self::EmptyDigest { layer, .. }
+            | Self::TooManyImplied { layer, .. }
+            | Self::TooLarge { layer }
+            | Self::TooManySteps { layer }
             | Self::TooManyInodes { layer } => *layer,
         }
     }
@@ -221,7 +295,7 @@ impl TreeError {
 impl Tree {
     /// Merges `layers`, lowest first.
     pub fn merge(layers: &[LayerIndex]) -> Result<Self, TreeError> {
-        merge::merge(layers)
+        merge::merge(layers, merge::Limits::default())
     }
 
     /// The inode of an id of this tree.

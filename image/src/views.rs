@@ -10,6 +10,7 @@
 //! because eStargz drops them; a time that no table can tell may be cut ([`time::may_tell`]). The entries may stand in another order where order means nothing.
 
 use std::collections::BTreeMap;
+use std::ops::Bound;
 
 use crate::estargz::{is_reserved, time};
 use crate::layer::{Entry, EntryKind, LayerIndex, Metadata};
@@ -61,6 +62,8 @@ impl Views {
                 .try_for_each(|(toc, tar)| self.entry(toc, tar));
         }
         let (listed, unpacked) = (by_path(toc)?, by_path(tar)?);
+        self.links_repeat(&listed)?;
+        self.links_repeat(&unpacked)?;
         for (path, entry) in &listed {
             match unpacked.get(path) {
                 None => return Err(differ(entry, "it is not in the tar stream")),
@@ -71,6 +74,22 @@ impl Views {
             Some((_, entry)) => Err(differ(entry, "it is not in the table of contents")),
             None => Ok(()),
         }
+    }
+
+    /// Whether every hard link says what its target says: else their order decides.
+    fn links_repeat(&self, entries: &BTreeMap<&[u8], &Entry>) -> Result<(), Difference> {
+        for entry in entries.values() {
+            if let EntryKind::Hardlink(target) = &entry.kind
+                && let Some(target) = entries.get(target.as_bytes())
+                && self.metadata(&entry.metadata, &target.metadata).is_some()
+            {
+                return Err(differ(
+                    entry,
+                    "it changes the file that it is a hard link to, in another order",
+                ));
+            }
+        }
+        Ok(())
     }
 
     fn entry(&self, toc: &Entry, tar: &Entry) -> Result<(), Difference> {
@@ -88,13 +107,11 @@ impl Views {
                     return Err(differ(toc, "the target of the symbolic link"));
                 }
             }
-            // The attributes of a hard link are those of its target, whatever it says itself.
+            // What a hard link says of owner and mode is given to its target.
             (EntryKind::Hardlink(listed), EntryKind::Hardlink(unpacked)) => {
-                return if listed == unpacked {
-                    Ok(())
-                } else {
-                    Err(differ(toc, "the target of the hard link"))
-                };
+                if listed != unpacked {
+                    return Err(differ(toc, "the target of the hard link"));
+                }
             }
             (EntryKind::CharDevice(listed), EntryKind::CharDevice(unpacked))
             | (EntryKind::BlockDevice(listed), EntryKind::BlockDevice(unpacked)) => {
@@ -131,23 +148,23 @@ impl Views {
 }
 
 /// The entries by path, where their order means nothing: every path once, and every parent that is there a directory.
-fn by_path<'a>(entries: &[&'a Entry]) -> Result<BTreeMap<&'a EntryPath, &'a Entry>, Difference> {
+fn by_path<'a>(entries: &[&'a Entry]) -> Result<BTreeMap<&'a [u8], &'a Entry>, Difference> {
     let mut map = BTreeMap::new();
     for entry in entries {
-        if map.insert(&entry.path, *entry).is_some() {
+        if map.insert(entry.path.as_bytes(), *entry).is_some() {
             return Err(differ(entry, "it stands there more than once, in another order"));
         }
     }
-    for entry in entries {
-        let mut parent = entry.path.parent();
-        while let Some(path) = parent {
-            if map
-                .get(&path)
-                .is_some_and(|above| !matches!(above.kind, EntryKind::Directory))
-            {
-                return Err(differ(entry, "it lies below a file, in another order"));
-            }
-            parent = path.parent();
+    // What lies below a path stands together in the map. To look at every parent of every path would take its length squared.
+    let leaves = entries
+        .iter()
+        .filter(|entry| !matches!(entry.kind, EntryKind::Directory));
+    for leaf in leaves {
+        let below = [leaf.path.as_bytes(), b"/"].concat();
+        let from = (Bound::Included(below.as_slice()), Bound::Unbounded);
+        let next = map.range::<[u8], _>(from).next();
+        if let Some((_, entry)) = next.filter(|(path, _)| path.starts_with(&below)) {
+            return Err(differ(entry, "it lies below a file, in another order"));
         }
     }
     Ok(map)
@@ -217,6 +234,14 @@ mod tests {
             (file("a", b"x"), file("a", b"y"), "the content"),
             (file("a", b"x"), entry("a", EntryKind::Directory), "the type"),
             (link("b"), link("c"), "the target of the hard link"),
+            (
+                link("b"),
+                Entry {
+                    metadata: Metadata::default(),
+                    ..link("b")
+                },
+                "the mode",
+            ),
             (symlink(b"b"), symlink(b"./b"), "the target of the symbolic link"),
             (entry("a", device(1)), entry("a", device(2)), "the device number"),
             (file("a", b"x"), with(|m| m.mode = 0o4644), "the mode"),
@@ -249,7 +274,7 @@ mod tests {
         let (a, b) = (file("a", b"x"), file("b", b"y"));
         let mut late = a.clone();
         late.metadata.mtime_nanoseconds = 5;
-        let mut linked = entry("l", EntryKind::Hardlink(EntryPath::clean(b"a").unwrap()));
+        let linked = entry("l", EntryKind::Hardlink(EntryPath::clean(b"a").unwrap()));
         let mut tar = vec![
             file(".no.prefetch.landmark", b"\x0f"),
             b.clone(),
@@ -257,7 +282,6 @@ mod tests {
             linked.clone(),
         ];
         tar.push(file("stargz.index.json", b"{}"));
-        linked.metadata.mode = 0;
         assert_eq!(compare(&layer(&[a.clone(), b, linked]), &layer(&tar)), Ok(()));
         // The names of the format mean something only in the root directory.
         let deep = layer(&[a.clone(), file("d/stargz.index.json", b"{}")]);
@@ -280,5 +304,20 @@ mod tests {
         let twice = layer(&[directory, file("b", b"1"), file("b", b"2")]);
         let once = layer(&[file("b", b"2"), entry("a", EntryKind::Directory)]);
         assert!(compare(&twice, &once).is_err());
+        // The last link decides about the mode.
+        let (a, mut strict) = (
+            file("a", b"x"),
+            entry("l", EntryKind::Hardlink(EntryPath::clean(b"a").unwrap())),
+        );
+        let mut loose = Entry {
+            path: EntryPath::clean(b"m").unwrap(),
+            ..strict.clone()
+        };
+        strict.metadata.mode = 0o600;
+        loose.metadata.mode = 0o4755;
+        let one = layer(&[a.clone(), strict.clone(), loose.clone()]);
+        let other = layer(&[a, loose, strict]);
+        assert_eq!(compare(&one, &one), Ok(()));
+        assert!(compare(&one, &other).is_err());
     }
 }

@@ -1,17 +1,23 @@
 //! The merge: one arena of nodes that every layer in turn edits, then a copy of what is still reachable.
 //! Nothing here recurses, so the depth of a path costs no stack.
 
+use std::cell::Cell;
 use std::collections::{BTreeMap, HashSet, VecDeque};
 
 use super::children::Children;
-use super::{FileRef, HIDDEN, INODES_MAX, Inode, InodeId, InodeKind, SYMLINKS_MAX, Tree, TreeError};
+use super::inherit::Inherited;
+use super::{
+    FileRef, HIDDEN, IMAGE_IMPLIED_MAX, IMPLIED_MAX, INODES_MAX, Inode, InodeId, InodeKind, STEPS_MAX,
+    SYMLINKS_MAX, TREE_MAX, Tree, TreeError, inode_cost,
+};
+use peel_hash::Digest;
 use crate::layer::{Device, Entry, EntryKind, FileContent, LayerIndex, Metadata};
 use crate::path::{EntryPath, PATH_MAX, components};
 use peel_hash::Digest;
 
 const WHITEOUT: &[u8] = b".wh.";
 const OPAQUE: &[u8] = b".wh..wh..opq";
-/// Names in the root directory that AUFS kept for itself; containerd leaves them out as well.
+/// Names in the root directory that AUFS kept for itself. Hard links may lead into one of them, `.wh..wh.plnk`.
 const AUFS: &[u8] = b".wh..wh.";
 /// Attributes that steer overlayfs.
 const OVERLAY_XATTRS: &[u8] = b"trusted.overlay.";
@@ -28,26 +34,57 @@ static IMPLIED: Metadata = Metadata {
     xattrs: BTreeMap::new(),
 };
 
-pub(super) fn merge(layers: &[LayerIndex]) -> Result<Tree, TreeError> {
+/// What a merge may take.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Limits {
+    /// See [`IMPLIED_MAX`].
+    pub(super) implied: u32,
+    /// See [`IMAGE_IMPLIED_MAX`].
+    pub(super) image_implied: u32,
+    /// See [`TREE_MAX`].
+    pub(super) bytes: u64,
+    /// See [`STEPS_MAX`].
+    pub(super) steps: u64,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            implied: IMPLIED_MAX,
+            image_implied: IMAGE_IMPLIED_MAX,
+            bytes: TREE_MAX,
+            steps: STEPS_MAX,
+        }
+    }
+}
+
+pub(super) fn merge(layers: &[LayerIndex], limits: Limits) -> Result<Tree, TreeError> {
     let mut merger = Merger {
         nodes: vec![Node {
             layer: 0,
-            metadata: &IMPLIED,
+            metadata: Inherited::Given(&IMPLIED),
             kind: Kind::directory(ROOT, b""),
         }],
         layer: 0,
         links: Vec::new(),
         parent: None,
+        implied: 0,
+        implied_below: 0,
+        cost: 0,
+        steps: Cell::new(0),
+        limits,
     };
     for (number, layer) in (0_u32..).zip(layers) {
         merger.layer = number;
         merger.parent = None;
+        merger.implied_below = merger.implied;
         merger.hide(layer)?;
         merger.nodes.reserve(layer.entries.len());
         for (index, entry) in (0_u32..).zip(&layer.entries) {
             merger.apply(index, entry)?;
         }
         merger.link()?;
+        merger.forget_bookkeeping();
     }
     merger.collect()
 }
@@ -55,7 +92,7 @@ pub(super) fn merge(layers: &[LayerIndex]) -> Result<Tree, TreeError> {
 struct Node<'a> {
     /// The layer that made or last changed it.
     layer: u32,
-    metadata: &'a Metadata,
+    metadata: Inherited<'a>,
     kind: Kind<'a>,
 }
 
@@ -101,6 +138,15 @@ struct Merger<'a> {
     /// The directory of the entry before and its path, unless that leads through symbolic links: entries of one directory mostly
     /// follow one another, and none of them moves the directory that it is in.
     parent: Option<(&'a [u8], u32)>,
+    /// Directories so far that have no entry.
+    implied: u32,
+    /// Those of the layers below this one.
+    implied_below: u32,
+    /// Bytes of memory that the nodes take, and the tree that is made of them.
+    cost: u64,
+    /// Components of paths that were looked up so far.
+    steps: Cell<u64>,
+    limits: Limits,
 }
 
 /// What an entry means for the merge.
@@ -124,8 +170,9 @@ impl<'a> Merger<'a> {
         if last == OPAQUE {
             return Ok(Role::Opaque);
         }
+        // Links may lead to it, so it is there until the layer ends.
         if entry.path.as_bytes().starts_with(AUFS) {
-            return Ok(Role::Ignored);
+            return Ok(Role::Ordinary);
         }
         match last.strip_prefix(WHITEOUT) {
             None => Ok(Role::Ordinary),
@@ -144,9 +191,10 @@ impl<'a> Merger<'a> {
             if !matches!(role, Role::Opaque | Role::Whiteout(_)) {
                 continue;
             }
+            self.check_steps()?;
             let mut parents = entry.path.components();
             parents.next_back();
-            let directory = parents.try_fold(ROOT, |id, name| self.child(id, name));
+            let directory = parents.try_fold(ROOT, |id, name| self.step(id, name));
             if let Some(children) = directory.and_then(|id| self.children_mut(id)) {
                 match role {
                     Role::Whiteout(name) => {
@@ -160,6 +208,7 @@ impl<'a> Merger<'a> {
     }
 
     fn apply(&mut self, index: u32, entry: &'a Entry) -> Result<(), TreeError> {
+        self.check_steps()?;
         let role = self.role(entry)?;
         if matches!(role, Role::Ignored) {
             return Ok(());
@@ -167,7 +216,7 @@ impl<'a> Merger<'a> {
         let Some((directory, name)) = entry.path.parent_and_name() else {
             return match (&entry.kind, self.node_mut(ROOT)) {
                 (EntryKind::Directory, Some(root)) => {
-                    root.metadata = &entry.metadata;
+                    root.metadata = Inherited::Given(&entry.metadata);
                     Ok(())
                 }
                 _ => Err(TreeError::Root {
@@ -187,7 +236,7 @@ impl<'a> Merger<'a> {
                     && let Some(node) = self.node_mut(id)
                     && matches!(node.kind, Kind::Directory(_))
                 {
-                    node.metadata = &entry.metadata;
+                    node.metadata = Inherited::Given(&entry.metadata);
                     node.layer = layer;
                     return Ok(());
                 }
@@ -205,7 +254,10 @@ impl<'a> Merger<'a> {
                         .is_some_and(|node| node.layer == self.layer && matches!(node.kind, Kind::Leaf(..)))
                 });
                 match found {
-                    Some(id) => id,
+                    Some(id) => {
+                        self.inherit(id, &entry.metadata);
+                        id
+                    }
                     None => {
                         let node = self.add(&entry.metadata, Kind::Link(target))?;
                         self.links.push(PendingLink {
@@ -240,7 +292,7 @@ impl<'a> Merger<'a> {
 
     /// The directory at `path` if all of the path is directories.
     fn directory(&self, path: &[u8]) -> Option<u32> {
-        let id = components(path).try_fold(ROOT, |id, name| self.child(id, name))?;
+        let id = components(path).try_fold(ROOT, |id, name| self.step(id, name))?;
         matches!(self.node(id)?.kind, Kind::Directory(_)).then_some(id)
     }
 
@@ -251,6 +303,7 @@ impl<'a> Merger<'a> {
         let mut stack: Vec<(&'a [u8], Option<u32>)> = Vec::with_capacity(todo.len());
         let mut followed = 0;
         while let Some(component) = todo.pop() {
+            self.count_step();
             match component {
                 b"" | b"." => continue,
                 b".." => {
@@ -260,7 +313,7 @@ impl<'a> Merger<'a> {
                 _ => {}
             }
             let current = stack.last().map_or(Some(ROOT), |(_, id)| *id);
-            let child = current.and_then(|id| self.child(id, component));
+            let child = current.and_then(|id| self.step(id, component));
             let Some((id, node)) = child.and_then(|id| Some((id, self.node(id)?))) else {
                 stack.push((component, None));
                 continue;
@@ -307,7 +360,7 @@ impl<'a> Merger<'a> {
             directory = match id {
                 Some(id) => id,
                 None => {
-                    let id = self.add(&IMPLIED, Kind::directory(directory, component))?;
+                    let id = self.add_implied(directory, component)?;
                     if let Some(children) = self.children_mut(directory) {
                         children.insert(component, id);
                     }
@@ -324,6 +377,7 @@ impl<'a> Merger<'a> {
         let mut stack = Vec::new();
         let mut followed = 0;
         while let Some(component) = todo.pop() {
+            self.count_step();
             match component {
                 b"" | b"." => continue,
                 b".." => {
@@ -332,7 +386,7 @@ impl<'a> Merger<'a> {
                 }
                 _ => {}
             }
-            let id = self.child(stack.last().copied().unwrap_or(ROOT), component)?;
+            let id = self.step(stack.last().copied().unwrap_or(ROOT), component)?;
             match &self.node(id)?.kind {
                 Kind::Leaf(
                     Entry {
@@ -360,15 +414,21 @@ impl<'a> Merger<'a> {
     fn link(&mut self) -> Result<(), TreeError> {
         let links = std::mem::take(&mut self.links);
         for link in &links {
+            self.check_steps()?;
             if self.is_attached(link) {
                 self.resolve(link)?;
             }
         }
         for link in &links {
+            self.check_steps()?;
             if self.is_attached(link)
                 && let Some(Kind::Linked(target)) = self.node(link.node).map(|node| &node.kind)
             {
                 let target = *target;
+                // Nodes are numbered as they come. What comes later says itself what it is.
+                if target < link.node {
+                    self.inherit(target, &link.entry.metadata);
+                }
                 if let Some(children) = self.children_mut(link.parent) {
                     children.insert(link.name, target);
                 }
@@ -387,7 +447,7 @@ impl<'a> Merger<'a> {
             let Some(Kind::Directory(directory)) = self.node(id).map(|node| &node.kind) else {
                 return false;
             };
-            if self.child(directory.parent, directory.name) != Some(id) {
+            if self.step(directory.parent, directory.name) != Some(id) {
                 return false;
             }
             id = directory.parent;
@@ -488,18 +548,81 @@ impl<'a> Merger<'a> {
         Ok(Tree { inodes })
     }
 
+    /// Takes AUFS's bookkeeping out of the root directory, now that links which lead there are resolved.
+    fn forget_bookkeeping(&mut self) {
+        let Some(Kind::Directory(root)) = self.nodes.first_mut().map(|root| &mut root.kind) else {
+            return;
+        };
+        let names: Vec<&[u8]> = root
+            .children
+            .iter()
+            .map(|(name, _)| name)
+            .filter(|name| name.starts_with(AUFS))
+            .collect();
+        for name in names {
+            root.children.remove(name);
+        }
+    }
+
+    /// Gives an inode the metadata of a link to it.
+    fn inherit(&mut self, id: u32, link: &Metadata) {
+        if let Some(node) = self.node_mut(id) {
+            let is_symlink =
+                matches!(node.kind, Kind::Leaf(entry, _) if matches!(entry.kind, EntryKind::Symlink(_)));
+            node.metadata.apply(link, is_symlink);
+        }
+    }
+
+    /// Adds a directory that has no entry.
+    fn add_implied(&mut self, parent: u32, name: &'a [u8]) -> Result<u32, TreeError> {
+        let layer = self.layer;
+        self.implied = self.implied.saturating_add(1);
+        let limit = self.limits.implied;
+        if self.implied.saturating_sub(self.implied_below) > limit {
+            return Err(TreeError::TooManyImplied { layer, limit });
+        }
+        let limit = self.limits.image_implied;
+        if self.implied > limit {
+            return Err(TreeError::TooManyImplied { layer, limit });
+        }
+        self.add(&IMPLIED, Kind::directory(parent, name))
+    }
+
     fn add(&mut self, metadata: &'a Metadata, kind: Kind<'a>) -> Result<u32, TreeError> {
         let layer = self.layer;
         let id = u32::try_from(self.nodes.len()).unwrap_or(u32::MAX);
         if id >= INODES_MAX {
             return Err(TreeError::TooManyInodes { layer });
         }
+        let cost = inode_cost(matches!(kind, Kind::Directory(_)), metadata);
+        self.cost = self.cost.saturating_add(cost);
+        if self.cost > self.limits.bytes {
+            return Err(TreeError::TooLarge { layer });
+        }
         self.nodes.push(Node {
             layer,
-            metadata,
+            metadata: Inherited::Given(metadata),
             kind,
         });
         Ok(id)
+    }
+
+    fn count_step(&self) {
+        self.steps.set(self.steps.get().saturating_add(1));
+    }
+
+    /// An error once there were too many steps. Those on the way to one path are few enough to count them first.
+    fn check_steps(&self) -> Result<(), TreeError> {
+        if self.steps.get() > self.limits.steps {
+            return Err(TreeError::TooManySteps { layer: self.layer });
+        }
+        Ok(())
+    }
+
+    /// As [`Merger::child`], counted.
+    fn step(&self, directory: u32, name: &[u8]) -> Option<u32> {
+        self.count_step();
+        self.child(directory, name)
     }
 
     fn node(&self, id: u32) -> Option<&Node<'a>> {
@@ -532,7 +655,7 @@ fn copy(node: &Node<'_>) -> Result<Inode, TreeError> {
         // Links were resolved when their layer ended.
         Kind::Directory(_) | Kind::Link(_) | Kind::Linked(_) => (2, InodeKind::Directory(BTreeMap::new())),
     };
-    let mut metadata = node.metadata.clone();
+    let mut metadata = node.metadata.get().clone();
     metadata
         .xattrs
         .retain(|name, _| !name.starts_with(OVERLAY_XATTRS));

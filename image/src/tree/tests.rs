@@ -9,8 +9,9 @@ use std::time::Instant;
 
 use proptest::prelude::*;
 
+use super::merge::Limits;
 use super::*;
-use crate::layer::{Entry, EntryKind, FileContent};
+use crate::layer::{Entry, EntryKind, FileContent, SYMLINK_MODE};
 
 fn path(text: &str) -> EntryPath {
     EntryPath::clean(text.as_bytes()).unwrap()
@@ -143,6 +144,16 @@ fn edge_cases() {
         (&["f a 1, f .wh.a -"], "f a 0.0"),
         (&["f .wh..wh.aufs -, f .wh..wh.plnk/1 -, f a 1"], "f a 0.2"),
         (&["f d/.wh.x 1", "f d/.wh..wh.x -"], "d d"),
+        // AUFS's bookkeeping: links into it are followed, nothing of it is seen, and it is no whiteout.
+        (
+            &[
+                "f bin/old 1",
+                "d .wh..wh.plnk, f .wh..wh.plnk/1 1, f .wh..wh.plnk/.wh.old 1, d .wh..wh.orph, f .wh..wh.aufs -, \
+                 h bin/foo .wh..wh.plnk/1, h bin/bar .wh..wh.plnk/1",
+                "f .wh..wh.plnk/1 2",
+            ],
+            "d bin, f bin/bar 1.1 x2, f bin/foo 1.1 x2, f bin/old 0.0",
+        ),
         // Opaque directories.
         (
             &["d a @1, f a/b 1, d a/c", "d a @2, f a/d 2, f a/.wh..wh..opq -"],
@@ -161,6 +172,21 @@ fn edge_cases() {
         (&["f ../../a 1, f /b/../../c 1"], "f a 0.0, f c 0.1"),
         // Hard links.
         (&["f a 1, h b a"], "f a 0.0 x2, f b 0.0 x2"),
+        // They give what they say of the owner to their target, if they come later.
+        (&["f a 1 @1, h b a @2"], "f a 0.0 @2 x2, f b 0.0 @2 x2"),
+        (
+            &["f a 1 @1, h b a @2, h c b @3"],
+            "f a 0.0 @3 x3, f b 0.0 @3 x3, f c 0.0 @3 x3",
+        ),
+        (&["h b a @2, f a 1 @1"], "f a 0.1 @1 x2, f b 0.1 @1 x2"),
+        (&["f a 1 @1", "h b a @2"], "f a 0.0 @2 x2, f b 0.0 @2 x2"),
+        (
+            &["f a 1 @1", "h b a @2, f a 2 @3"],
+            "f a 1.1 @3 x2, f b 1.1 @3 x2",
+        ),
+        (&["f a 1 @1, h b a @2, f b 2 @3"], "f a 0.0 @2, f b 0.2 @3"),
+        (&["f a 1 @1, h b a @2, f a 2 @3"], "f a 0.2 @3, f b 0.0 @2"),
+        (&["s a x @1, h b a @2"], "s a x @2 x2, s b x @2 x2"),
         (&["h b a, f a 1"], "f a 0.1 x2, f b 0.1 x2"),
         (&["h c b, h b a, f a 1"], "f a 0.2 x3, f b 0.2 x3, f c 0.2 x3"),
         (&["f a 1, h b a, f a 2"], "f a 0.2, f b 0.0"),
@@ -375,6 +401,138 @@ fn paths_resolve_as_in_the_container() {
 }
 
 #[test]
+fn hard_links_give_all_their_metadata() {
+    let xattr = |name: &str, value: &str| (name.as_bytes().into(), value.as_bytes().into());
+    let with = |line: &str, mode, mtime, xattrs: &[(&str, &str)]| {
+        let mut entry = parse(line);
+        entry.metadata = Metadata {
+            mode,
+            uid: 1,
+            gid: 2,
+            mtime,
+            mtime_nanoseconds: 5,
+            xattrs: xattrs.iter().map(|(name, value)| xattr(name, value)).collect(),
+        };
+        entry
+    };
+    let both = [("security.capability", "c"), ("user.a", "1")];
+    let cap = [("security.capability", "d")];
+    for (target, links, mode, xattrs) in [
+        (
+            "f a 1",
+            vec![vec![("user.b", "2")]],
+            0o4711,
+            vec![("user.a", "1"), ("user.b", "2")],
+        ),
+        ("f a 1", vec![both.to_vec()], 0o4711, both.to_vec()),
+        (
+            "f a 1",
+            vec![vec![], cap.to_vec()],
+            0o4711,
+            vec![("security.capability", "d"), ("user.a", "1")],
+        ),
+        ("f a 1", vec![cap.to_vec(), vec![]], 0o4711, vec![("user.a", "1")]),
+        (
+            "s a x",
+            vec![vec![("user.a", "3")]],
+            SYMLINK_MODE,
+            vec![("user.a", "3")],
+        ),
+    ] {
+        let target = with(
+            target,
+            if target.starts_with('s') {
+                SYMLINK_MODE
+            } else {
+                0o644
+            },
+            1,
+            &both,
+        );
+        let links = links.iter().map(|xattrs| with("h b a", 0o4711, 9, xattrs));
+        let layer = layer(std::iter::once(target).chain(links));
+        let tree = Tree::merge(std::slice::from_ref(&layer)).unwrap();
+        let expected = Metadata {
+            mode,
+            ..with("f a 1", 0, 9, &xattrs).metadata
+        };
+        for name in ["a", "b"] {
+            let inode = tree.inode(tree.lookup(&path(name)).unwrap()).unwrap();
+            assert_eq!(inode.metadata, expected, "{layer:?}");
+        }
+    }
+}
+
+#[test]
+fn what_layers_imply_has_limits() {
+    let limits = Limits {
+        implied: 10,
+        image_implied: 15,
+        bytes: 100_000,
+        steps: 1000,
+    };
+    let chain = |start: char, length: usize| format!("f {start}/{}x 1", "d/".repeat(length - 1));
+    let texts = |texts: &[&str]| merge::merge(&layers(texts), limits);
+    assert!(texts(&[&chain('a', 10), &chain('b', 5)]).is_ok());
+    // What has an entry, or was there before, is not implied.
+    let listed = "d a, d a/b, d a/b/c, f a/b/c/d/e/f/g/h/i/j/k/l/m/x 1";
+    assert!(texts(&[listed, listed, &chain('z', 5)]).is_ok());
+    for (layers, layer, limit) in [
+        (vec![chain('a', 11)], 0, 10),
+        (vec![chain('a', 1), chain('b', 11)], 1, 10),
+        (vec![chain('a', 10), chain('b', 6)], 1, 15),
+        (vec![format!("{}, {}", chain('a', 6), chain('b', 5))], 0, 10),
+    ] {
+        let layers: Vec<&str> = layers.iter().map(String::as_str).collect();
+        let error = texts(&layers).unwrap_err();
+        assert_eq!(error, TreeError::TooManyImplied { layer, limit }, "{layers:?}");
+    }
+    let many = |count: usize, line: fn(usize) -> String| {
+        let lines: Vec<String> = (0..count).map(line).collect();
+        texts(&[&lines.join(", ")])
+    };
+    let file = |number: usize| format!("f {number} x");
+    assert!(many(300, file).is_ok());
+    assert_eq!(many(500, file).unwrap_err(), TreeError::TooLarge { layer: 0 });
+    let directory = |number: usize| format!("d {number}");
+    assert!(many(160, directory).is_ok());
+    assert_eq!(
+        many(170, directory).unwrap_err(),
+        TreeError::TooLarge { layer: 0 }
+    );
+
+    // Paths that are long only by way of symbolic links.
+    let long = format!("s s {}", "./".repeat(500));
+    for line in ["f s/x 1", "h l s/x"] {
+        let once = format!("f x 1, {long}, {line}");
+        assert!(texts(&[&once]).is_ok(), "{line}");
+        let again = format!("{once}, {line}, {line}, {line}");
+        assert_eq!(
+            texts(&[&again]).unwrap_err(),
+            TreeError::TooManySteps { layer: 0 },
+            "{line}"
+        );
+    }
+}
+
+#[test]
+fn messages_about_limits_name_layer_and_limit() {
+    for (limit, expected) in [
+        (
+            IMPLIED_MAX,
+            "layer 3: its paths lead through more than 250000 directories that have no entry",
+        ),
+        (
+            IMAGE_IMPLIED_MAX,
+            "layer 3: its paths lead through more than 500000 directories that have no entry, together with the layers below",
+        ),
+    ] {
+        let error = TreeError::TooManyImplied { layer: 3, limit };
+        assert_eq!((error.to_string().as_str(), error.layer()), (expected, 3));
+    }
+}
+
+#[test]
 fn large_and_deep_layers() {
     let start = Instant::now();
     let wide = layer((0..100_000).map(|number| {
@@ -526,6 +684,7 @@ impl Model {
                         *of == number && matches!(shape, Shape::File(..) | Shape::Symlink(_))
                     }) {
                         Some(id) => {
+                            self.arena[id].1 = uid;
                             self.remove(&path);
                             self.nodes.insert(path, id);
                         }
@@ -536,26 +695,28 @@ impl Model {
             }
         }
         // Links without their target yet: one after the other, as long as anything changes.
+        let mut resolved = Vec::new();
         loop {
             let links = self
                 .nodes
                 .iter()
                 .filter_map(|(path, id)| match &self.arena[*id].2 {
-                    Shape::Link(target) => Some((path.clone(), target.clone())),
+                    Shape::Link(target) => Some((path.clone(), *id, target.clone())),
                     _ => None,
                 });
             let links: Vec<_> = links.collect();
             if links.is_empty() {
-                return Ok(());
+                break;
             }
             let mut changed = false;
-            for (path, target) in links {
+            for (path, link, target) in links {
                 let id = *self.nodes.get(&self.walk(&target, None)?).ok_or(())?;
                 match self.arena[id].2 {
                     Shape::Directory => return Err(()),
                     Shape::Link(_) => {}
                     _ => {
                         self.nodes.insert(path, id);
+                        resolved.push((link, id));
                         changed = true;
                     }
                 }
@@ -564,6 +725,13 @@ impl Model {
                 return Err(());
             }
         }
+        resolved.sort_unstable();
+        for (link, id) in resolved {
+            if id < link {
+                self.arena[id].1 = self.arena[link].1;
+            }
+        }
+        Ok(())
     }
 
     fn show(&self) -> Vec<String> {
