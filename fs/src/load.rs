@@ -315,6 +315,11 @@ async fn fetch(
     let erofs = {
         let job = job.clone();
         let memory = loader.memory();
+        let indexes = layers.iter().map(|layer| &layer.index);
+        let top = layers
+            .last()
+            .map_or(image.manifest_digest, |layer| layer.report.digest);
+        memory.hold_tree(&top, indexes).await?;
         blocking(move || build(&job, layers, record, order.as_deref(), early.as_ref(), memory)).await??
     };
     Ok(Loaded {

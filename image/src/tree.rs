@@ -26,7 +26,6 @@ mod walk;
 
 use std::collections::BTreeMap;
 
-use peel_hash::Digest;
 use crate::layer::{Device, EntryKind, LayerIndex, Metadata, XATTR_COST};
 use crate::path::EntryPath;
 use peel_hash::Digest;

@@ -8,8 +8,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use peel_image::Digest;
-use peel_image::layer::{Chunk, Entry, EntryKind, LayerIndex};
+use peel_image::layer::LayerIndex;
 use peel_image::lazy::HoleBudget;
+use peel_image::tree;
 use peel_registry::{Room, TocRoom};
 use tokio::sync::Semaphore;
 
@@ -91,12 +92,23 @@ impl Memory {
 
     /// Takes memory for an index that is here already.
     pub(super) async fn hold(&self, layer: &Digest, index: &LayerIndex) -> Result<(), Error> {
-        self.reserve(layer, weight(index)).await
+        self.reserve(layer, index.memory()).await
     }
 
     /// Takes memory for an index that is here already and that cannot be done without, whether there is memory or not.
     pub(super) fn hold_anyway(&self, index: &LayerIndex) {
-        self.share.take_anyway(weight(index));
+        self.share.take_anyway(index.memory());
+    }
+
+    /// Takes memory for the tree of an image whose topmost layer is this one, while it is made; the memory for its implied directories comes
+    /// on top, and is bounded by itself.
+    pub(super) async fn hold_tree<'a>(
+        &self,
+        layer: &Digest,
+        indexes: impl Iterator<Item = &'a LayerIndex>,
+    ) -> Result<(), Error> {
+        self.reserve(layer, indexes.map(tree::cost).fold(0, u64::saturating_add))
+            .await
     }
 
     /// Reads an index when it is its turn and there is memory for it. How much that is shows when it is read: where there is not so
@@ -116,7 +128,10 @@ impl Memory {
             let found = blocking(move || {
                 let _turn = turn;
                 let index = read();
-                let more = index.as_ref().map_or(0, weight).saturating_sub(reserved);
+                let more = index
+                    .as_ref()
+                    .map_or(0, LayerIndex::memory)
+                    .saturating_sub(reserved);
                 if share.take(more) { Ok(index) } else { Err(more) }
             })
             .await?;
@@ -132,7 +147,7 @@ impl Memory {
 
     /// Counts the index of a layer; an error, as a sentence about the layer, when the indexes take too much together.
     pub(super) fn add(&self, index: &LayerIndex) -> Result<(), String> {
-        let bytes = weight(index);
+        let bytes = index.memory();
         let before = self.indexes.fetch_add(bytes, Ordering::Relaxed);
         if before.saturating_add(bytes) <= self.indexes_max {
             return Ok(());
@@ -209,23 +224,6 @@ impl Drop for LayerRoom<'_> {
     fn drop(&mut self) {
         self.memory.share.give_back(self.held.load(Ordering::Relaxed));
     }
-}
-
-/// Bytes of memory that an index takes, but for what allocations cost beyond their length.
-fn weight(index: &LayerIndex) -> u64 {
-    let entries = index.entries.iter().map(|entry| {
-        let path = entry.path.as_bytes().len();
-        let attributes = entry.metadata.xattrs.iter();
-        let attributes: usize = attributes.map(|(name, value)| name.len() + value.len()).sum();
-        let content = match &entry.kind {
-            EntryKind::Regular(content) => content.chunks.len() * size_of::<Chunk>(),
-            EntryKind::Symlink(target) => target.len(),
-            EntryKind::Hardlink(target) => target.as_bytes().len(),
-            _ => 0,
-        };
-        (size_of::<Entry>() + path + attributes + content) as u64
-    });
-    entries.sum()
 }
 
 #[cfg(test)]

@@ -4,14 +4,15 @@
 use std::io::{self, Read};
 
 use super::{Reader, TarEntry, TarError, TarKind, TarProblem, Trailer, len64};
-use crate::layer::{Entry, EntryKind, FileContent, LayerIndex};
+use crate::layer::{Entry, EntryKind, FileContent, LayerIndex, XATTR_COST};
 use crate::path::EntryPath;
 use peel_hash::{Digest, Hasher};
 
 /// Most entries of a layer. The largest images known have some hundred thousand; ten million entries of metadata still
 /// fit into memory.
 pub const ENTRIES_MAX: u64 = 10_000_000;
-/// Most bytes of names, link targets and extended attributes of all entries of a layer together.
+/// Most bytes of memory of all entries of a layer together: names, link targets and extended attributes, and what each of these takes
+/// beside its bytes.
 pub const METADATA_MAX: u64 = 2 << 30;
 /// Bytes that are handed to the sink at once, at most.
 const PIECE: usize = 128 << 10;
@@ -118,7 +119,7 @@ fn len64_of(entries: &[Entry]) -> u64 {
     u64::try_from(entries.len()).unwrap_or(u64::MAX)
 }
 
-/// Bytes that an entry keeps in memory beside its fixed size.
+/// Bytes that an entry keeps in memory.
 fn weight(entry: &TarEntry) -> u64 {
     let link = match &entry.kind {
         TarKind::Symlink(target) => len64(target),
@@ -126,8 +127,10 @@ fn weight(entry: &TarEntry) -> u64 {
         _ => 0,
     };
     let xattrs = entry.metadata.xattrs.iter();
-    let xattrs: u64 = xattrs.map(|(name, value)| len64(name) + len64(value)).sum();
-    len64(entry.path.as_bytes()) + link + xattrs
+    let xattrs: u64 = xattrs
+        .map(|(name, value)| XATTR_COST + len64(name) + len64(value))
+        .sum();
+    size_of::<Entry>() as u64 + len64(entry.path.as_bytes()) + link + xattrs
 }
 
 /// Hands the current content of `reader` to the sink.
@@ -192,14 +195,27 @@ mod tests {
             let limits = Limits { entries, metadata };
             index_within(stream.as_slice(), &mut HashSink::default(), &limits)
         };
-        assert_eq!(read(3, 36).unwrap().0.entries.len(), 3);
+        // Their names have six bytes.
+        let most = 3 * (size_of::<Entry>() as u64 + XATTR_COST + 10) + 6;
+        assert_eq!(read(3, most).unwrap().0.entries.len(), 3);
+        let less = most - 1;
         for (entries, metadata, expected) in [
-            (2, 36, "tar entry \"ccc\" at byte 3072: more than 2 entries"),
-            (0, 36, "tar entry \"a\" at byte 0: more than 0 entries"),
+            (
+                2,
+                most,
+                "tar entry \"ccc\" at byte 3072: more than 2 entries".to_owned(),
+            ),
+            (
+                0,
+                most,
+                "tar entry \"a\" at byte 0: more than 0 entries".to_owned(),
+            ),
             (
                 3,
-                35,
-                "tar entry \"ccc\" at byte 3072: the metadata of all entries of more than 35 bytes",
+                less,
+                format!(
+                    "tar entry \"ccc\" at byte 3072: the metadata of all entries of more than {less} bytes"
+                ),
             ),
         ] {
             let error = read(entries, metadata).unwrap_err();

@@ -10,7 +10,6 @@ use super::{
     FileRef, HIDDEN, IMAGE_IMPLIED_MAX, IMPLIED_MAX, INODES_MAX, Inode, InodeId, InodeKind, STEPS_MAX,
     SYMLINKS_MAX, TREE_MAX, Tree, TreeError, inode_cost,
 };
-use peel_hash::Digest;
 use crate::layer::{Device, Entry, EntryKind, FileContent, LayerIndex, Metadata};
 use crate::path::{EntryPath, PATH_MAX, components};
 use peel_hash::Digest;

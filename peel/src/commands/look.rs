@@ -1,12 +1,17 @@
 //! Images opened where they are, for the commands that need neither store nor server.
 
 use std::io::Write;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
-use anyhow::Context;
+use anyhow::{Context, bail};
+use peel_fs::INDEXES_MAX;
+use peel_image::Digest;
 use peel_image::layer::LayerIndex;
 use peel_image::tree::Tree;
 use peel_registry::{Blob, ResolvedImage, Source, TocImage};
 use tokio::runtime::Runtime;
+use tokio::sync::Semaphore;
 
 use crate::cli::Global;
 use crate::describe::printable;
@@ -29,6 +34,21 @@ pub(super) struct Contents {
     pub(super) layers: Vec<LayerIndex>,
     /// Their blobs.
     pub(super) blobs: Vec<Blob>,
+}
+
+/// Layers that are looked at at once: each may have a table of contents of hundreds of MiB.
+const AT_ONCE: usize = 4;
+
+/// Counts the memory of the index of a layer; an error when those of the image take more than a mount would allow.
+fn count(memory: &AtomicU64, layer: Digest, index: &LayerIndex) -> anyhow::Result<()> {
+    let bytes = index.memory();
+    if memory.fetch_add(bytes, Ordering::Relaxed).saturating_add(bytes) > INDEXES_MAX {
+        bail!(
+            "layer {layer}: its list of files takes {bytes} bytes of memory, and with those of the image's other layers more than the \
+             {INDEXES_MAX} that an image may have; make an image with fewer files"
+        );
+    }
+    Ok(())
 }
 
 impl OpenImage {
@@ -65,14 +85,22 @@ impl OpenImage {
             .map(|descriptor| self.source.blob(descriptor))
             .collect::<Result<Vec<_>, _>>()?;
         let beside = self.beside();
+        let turns = Arc::new(Semaphore::new(AT_ONCE));
+        let memory = Arc::new(AtomicU64::new(0));
         let examined: Vec<_> = blobs
             .iter()
             .cloned()
             .zip(descriptors.iter().cloned())
             .map(|(blob, descriptor)| {
-                let beside = beside.clone();
-                self.runtime
-                    .spawn(async move { peel_layers::examine(&blob, &descriptor, &beside).await })
+                let (beside, turns, memory) = (beside.clone(), Arc::clone(&turns), Arc::clone(&memory));
+                self.runtime.spawn(async move {
+                    let _turn = turns.acquire_owned().await?;
+                    let examined = peel_layers::examine(&blob, &descriptor, &beside).await?;
+                    if let Ok(index) = &examined.index {
+                        count(&memory, blob.digest(), index)?;
+                    }
+                    anyhow::Ok(examined)
+                })
             })
             .collect();
         let mut indexes = Vec::new();
@@ -80,16 +108,22 @@ impl OpenImage {
             let examined = self.runtime.block_on(task).context("task")??;
             let index = match examined.index {
                 Ok(index) => index,
-                Err(reason) => self.whole(
-                    blobs.get(position).context("layer")?,
-                    position,
-                    blobs.len(),
-                    &reason.to_string(),
-                )?,
+                Err(reason) => {
+                    let blob = blobs.get(position).context("layer")?;
+                    let index = self.whole(blob, position, blobs.len(), &reason.to_string())?;
+                    count(&memory, blob.digest(), &index)?;
+                    index
+                }
             };
             indexes.push(index);
         }
-        let tree = Tree::merge(&indexes)?;
+        let tree = Tree::merge(&indexes).map_err(|error| {
+            let layer = usize::try_from(error.layer())
+                .ok()
+                .and_then(|layer| blobs.get(layer));
+            let digest = layer.map_or(self.image.manifest_digest, Blob::digest);
+            anyhow::Error::new(error).context(format!("layer {digest}"))
+        })?;
         Ok(Contents {
             tree,
             layers: indexes,

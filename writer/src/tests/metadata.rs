@@ -45,7 +45,8 @@ fn toc_of(blob: &[u8], written: &Written) -> (Value, Result<(), views::Differenc
     let toc = located.open(&blob[range]).unwrap();
     let index = candidate.index(&located, &toc).unwrap();
     let stream = io::Cursor::new(blob.to_vec());
-    let (_, stream) = peel_image::compression::decoder(stream, peel_image::compression::Guard::default()).unwrap();
+    let (_, stream) =
+        peel_image::compression::decoder(stream, peel_image::compression::Guard::default()).unwrap();
     let (unpacked, _) = tar::index_tar(stream, &mut tar::index::HashSink::default()).unwrap();
     let json = serde_json::from_slice(&toc.json).unwrap();
     (json, views::compare(&index, &unpacked))

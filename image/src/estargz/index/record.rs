@@ -8,11 +8,10 @@ use base64::Engine as _;
 
 use super::super::time;
 use super::super::toc::{TocEntry, TocError};
-use peel_hash::Digest;
 use crate::layer::{self, Device, EntryKind, MODE_MASK, Metadata, SYMLINK_MODE, Xattrs};
 use crate::path::{EntryPath, PATH_MAX};
 use crate::tar::{XATTR_NAME_MAX, XATTR_VALUE_MAX};
-
+use peel_hash::Digest;
 
 /// A run of zeros as `chunkType`.
 const ZEROS: &str = "zeros";
