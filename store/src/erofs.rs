@@ -51,8 +51,8 @@ use crate::error::Error;
 use format::{BLOCK, BLOCK_SIZE, ExtendedInode, SuperBlock};
 use layout::{Data, Place, Plan};
 
-/// Goes up whenever the same tree gives another image, so that images of older writers are not used.
-pub const WRITER_VERSION: u32 = 1;
+/// Goes up whenever the same tree gives another image, or the same layers another tree, so that older images are not used.
+pub const WRITER_VERSION: u32 = 2;
 
 /// Bytes collected before they go to the output.
 const OUTPUT_BUFFER: usize = 1 << 20;

@@ -24,8 +24,9 @@ use crate::{Store, erofs, remove_quietly};
 
 /// First bytes of every record.
 const MAGIC: [u8; 8] = *b"peel rec";
-/// Goes up with every change of a type that is kept, because postcard does not describe itself.
-const VERSION: u32 = 1;
+/// Goes up with every change of a type that is kept, because postcard does not describe itself, and with every change of what an index
+/// says of the same layer.
+const VERSION: u32 = 2;
 /// Largest record in bytes. A layer of a million files has an index of some 200 MB.
 const RECORD_LIMIT: usize = 1 << 30;
 
