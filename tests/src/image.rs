@@ -22,8 +22,8 @@ use serde_json::{Value, json};
 /// Size of a tar record.
 const RECORD: usize = 512;
 
-/// Modification time of every entry.
-const MTIME: u64 = 1_700_000_000;
+/// Modification time of every entry, in seconds since the epoch.
+pub const MTIME: u64 = 1_700_000_000;
 
 /// A tar stream that is being written.
 #[derive(Debug, Default, Clone)]
@@ -52,13 +52,23 @@ impl Tar {
     /// An extended header before the next entry.
     #[must_use]
     pub fn pax(self, key: &str, value: &[u8]) -> Self {
+        self.extended(b'x', key, value)
+    }
+
+    /// A global extended header.
+    #[must_use]
+    pub fn global(self, key: &str, value: &[u8]) -> Self {
+        self.extended(b'g', key, value)
+    }
+
+    fn extended(self, kind: u8, key: &str, value: &[u8]) -> Self {
         let body = [b" ", key.as_bytes(), b"=", value, b"\n"].concat();
         let mut length = body.len() + 1;
         while length.to_string().len() + body.len() != length {
             length = length.to_string().len() + body.len();
         }
         let record = [length.to_string().as_bytes(), &body].concat();
-        self.node(b"pax", b'x', "", 0o644, (0, 0), &record)
+        self.node(b"pax", kind, "", 0o644, (0, 0), &record)
     }
 
     /// The stream with so many of its last bytes cut off and no end.

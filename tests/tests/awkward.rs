@@ -9,7 +9,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::Path;
 
-use peel_tests::image::{ESTARGZ, Layer, Tar, estargz_with, push, zstd_chunked};
+use peel_tests::image::{ESTARGZ, Layer, MTIME, Tar, estargz_with, push, zstd_chunked};
 use peel_tests::world::{World, errors};
 use peel_writer::{Dialect, Format};
 
@@ -36,6 +36,9 @@ fn case(name: &'static str, tars: &[Tar], outcome: Outcome) -> Case {
         outcome,
     }
 }
+
+/// CAP_NET_RAW in version 2 of the attribute.
+const CAPABILITY: &[u8] = &[0, 0, 0, 2, 0, 0x20, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
 
 fn t() -> Tar {
     Tar::new()
@@ -160,7 +163,60 @@ fn cases() -> Vec<Case> {
             &[t().file("a", b"x"), t().hard_link("l", "a")],
             Tree("a f=x n2; l f=x n2"),
         ),
+        case(
+            "a hard link with metadata of its own",
+            &[t()
+                .file("a", b"x")
+                .pax("uid", b"2")
+                .pax("mtime", b"5")
+                .pax("SCHILY.xattr.user.k", b"v")
+                .entry("b", b'1', "a", 0o4755, b"")],
+            Tree("a f=x n2 m4755 u2:0 t5 user.k; b f=x n2 m4755 u2:0 t5 user.k"),
+        ),
+        case(
+            "a hard link before its target, with metadata of its own",
+            &[t().entry("b", b'1', "a", 0o4755, b"").file("a", b"x")],
+            Tree("a f=x n2; b f=x n2"),
+        ),
+        case(
+            "a hard link to a lower layer, with metadata of its own",
+            &[t().file("a", b"x"), t().entry("b", b'1', "a", 0o4755, b"")],
+            Tree("a f=x n2 m4755; b f=x n2 m4755"),
+        ),
+        case(
+            "a hard link without the capability of its target",
+            &[t()
+                .pax("SCHILY.xattr.security.capability", CAPABILITY)
+                .file("a", b"x")
+                .hard_link("b", "a")],
+            Tree("a f=x n2; b f=x n2"),
+        ),
+        case(
+            "a hard link with a capability",
+            &[t()
+                .file("a", b"x")
+                .pax("SCHILY.xattr.security.capability", CAPABILITY)
+                .hard_link("b", "a")],
+            Tree("a f=x n2 security.capability; b f=x n2 security.capability"),
+        ),
+        case(
+            "a hard link to a symlink, with metadata of its own",
+            &[t()
+                .file("a", b"x")
+                .symlink("s", "a")
+                .pax("uid", b"2")
+                .entry("l", b'1', "s", 0o600, b"")],
+            Tree("a f=x; l ->a u2:0; s ->a u2:0"),
+        ),
         // Symbolic links.
+        case(
+            "symlinks with other modes",
+            &[t()
+                .file("a", b"x")
+                .entry("s", b'2', "a", 0o644, b"")
+                .entry("t", b'2', "a", 0o4755, b"")],
+            Tree("a f=x; s ->a; t ->a"),
+        ),
         case(
             "a file below a symlink",
             &[t().dir("real").symlink("s", "real").file("s/x", b"x")],
@@ -192,6 +248,54 @@ fn cases() -> Vec<Case> {
             "a symlink above PATH_MAX",
             &[t().pax("linkpath", &[b't'; 4096]).symlink("s", "short")],
             Refused("symbolic link"),
+        ),
+        // Owners.
+        case(
+            "the owner 4294967295",
+            &[t()
+                .pax("uid", b"4294967295")
+                .file("a", b"x")
+                .pax("gid", b"4294967295")
+                .dir("d")],
+            Tree("a f=x; d d755"),
+        ),
+        case(
+            "the owner 4294967295 over another one",
+            &[
+                t().pax("uid", b"5").dir("d"),
+                t().pax("uid", b"4294967295").dir("d"),
+            ],
+            Tree("d d755"),
+        ),
+        case(
+            "the owner -1",
+            &[t().pax("uid", b"-1").file("a", b"x")],
+            Tree("a f=x"),
+        ),
+        case(
+            "the owner 4294967294",
+            &[t().pax("uid", b"4294967294").file("a", b"x")],
+            Tree("a f=x u4294967294:0"),
+        ),
+        case(
+            "the owner 4294967296",
+            &[t().pax("uid", b"4294967296").file("a", b"x")],
+            Refused("the field uid"),
+        ),
+        // Global headers.
+        case(
+            "a global header",
+            &[t()
+                .global("uid", b"7")
+                .file("a", b"x")
+                .global("path", b"c")
+                .file("b", b"y")],
+            Tree("a f=x; b f=y"),
+        ),
+        case(
+            "a global header after the last entry",
+            &[t().file("a", b"x").global("comment", b"c")],
+            Tree("a f=x"),
         ),
         // Devices.
         case(
@@ -248,6 +352,18 @@ fn cases() -> Vec<Case> {
             ],
             Tree("o d755; o/new f=x"),
         ),
+        case(
+            "bookkeeping of AUFS",
+            &[
+                t().dir("bin").file("bin/old", b"o"),
+                t().dir(".wh..wh.plnk")
+                    .file(".wh..wh.plnk/1.2", b"linked")
+                    .dir(".wh..wh.orph")
+                    .file(".wh..wh.aufs", b"")
+                    .hard_link("bin/foo", ".wh..wh.plnk/1.2"),
+            ],
+            Tree("bin d755; bin/foo f=linked; bin/old f=o"),
+        ),
         // Types and sizes.
         case(
             "a contiguous file",
@@ -298,7 +414,29 @@ fn cases() -> Vec<Case> {
     cases
 }
 
-/// All names below a directory, sorted, as `name type`; a regular file shows its content and, from two on, its links.
+/// What is unusual about an inode: mode, owner and time as `Tar` gives them are not shown.
+fn unusual(path: &Path, metadata: &fs::Metadata, usual_mode: u32) -> String {
+    let mut shown = String::new();
+    let mode = metadata.mode() & 0o7777;
+    if mode != usual_mode {
+        shown += &format!(" m{mode:o}");
+    }
+    if (metadata.uid(), metadata.gid()) != (0, 0) {
+        shown += &format!(" u{}:{}", metadata.uid(), metadata.gid());
+    }
+    if metadata.is_file() && metadata.mtime() != MTIME.cast_signed() {
+        shown += &format!(" t{}", metadata.mtime());
+    }
+    for name in ["security.capability", "user.k"] {
+        if rustix::fs::lgetxattr(path, name, &mut [0_u8; 64]).is_ok() {
+            shown += &format!(" {name}");
+        }
+    }
+    shown
+}
+
+/// All names below a directory, sorted, as `name type`; a regular file shows its content and, from two on, its links. What is
+/// unusual about them comes behind.
 fn listing(root: &Path) -> String {
     let mut found = Vec::new();
     let mut pending = vec![root.to_path_buf()];
@@ -311,15 +449,17 @@ fn listing(root: &Path) -> String {
                 pending.push(path.clone());
                 format!("d{:o}", metadata.mode() & 0o7777)
             } else if kind.is_symlink() {
-                format!("->{}", fs::read_link(&path).unwrap().display())
+                let shown = unusual(&path, &metadata, 0o777);
+                format!("->{}{shown}", fs::read_link(&path).unwrap().display())
             } else if kind.is_char_device() {
                 let number = metadata.rdev();
                 format!("c{}:{}", rustix::fs::major(number), rustix::fs::minor(number))
             } else {
                 let content = String::from_utf8_lossy(&fs::read(&path).unwrap()).into_owned();
+                let shown = unusual(&path, &metadata, 0o644);
                 match metadata.nlink() {
-                    1 => format!("f={content}"),
-                    links => format!("f={content} n{links}"),
+                    1 => format!("f={content}{shown}"),
+                    links => format!("f={content} n{links}{shown}"),
                 }
             };
             found.push((path.strip_prefix(root).unwrap().to_path_buf(), what));
@@ -432,5 +572,45 @@ fn awkward_streams_mean_the_same_in_every_format() {
         !log.contains("pulling a layer whole"),
         "a layer was not lazy:\n{log}"
     );
+    world.assert_sound();
+}
+
+#[test]
+fn times_that_no_table_of_contents_can_tell() {
+    const FIRST: i64 = -62_167_219_200;
+    const LAST: i64 = 253_402_300_799;
+    let tar = t()
+        .pax("mtime", b"253402300800")
+        .file("late", b"x")
+        .pax("mtime", b"253402300799.9")
+        .file("last", b"x")
+        .pax("mtime", b"-62167219200.5")
+        .file("early", b"x")
+        .pax("mtime", b"-5.5")
+        .file("negative", b"x")
+        .finish();
+    let names = ["late", "last", "early", "negative"];
+    let world = World::new();
+    let registry = world.registry();
+    let check = |what: &str, layer: Layer, expected: [i64; 4]| {
+        let name = push(&registry, "times", &what.replace([' ', ':', ','], ""), &[layer]);
+        for verify in ["lazy", "full"] {
+            let dir = world.dir("root");
+            world.ok(&["mount", "--verify", verify, &name, dir.to_str().unwrap()]);
+            let found = names.map(|name| dir.join(name).symlink_metadata().unwrap().mtime());
+            world.umount(&dir);
+            // What was pulled whole is shown as the tar stream has it.
+            if verify == "lazy" || what == "plain" {
+                assert_eq!(found, expected, "{what}");
+            }
+        }
+    };
+    check("plain", Layer::plain(&tar), [LAST + 1, LAST, FIRST - 1, -6]);
+    for (format, options) in FORMATS {
+        // Whole seconds are rounded, but not to what cannot be told.
+        let negative = if format.ends_with("podman") { -6 } else { -5 };
+        let layer = Layer::written(&tar, options).unwrap();
+        check(format, layer, [LAST, LAST, FIRST, negative]);
+    }
     world.assert_sound();
 }

@@ -420,3 +420,68 @@ fn a_chunk_beyond_what_fits_into_memory() {
     let name = push(&registry, "app", "x", std::slice::from_ref(&layer));
     assert_served_whole(&world, &name, &layer, "a chunk of /data/b is larger than 256 MiB");
 }
+
+#[test]
+fn directories_that_paths_imply() {
+    // 130 names of 2,001 components each.
+    let tar = (0..130).fold(Tar::new(), |tar, number| {
+        let name = format!("{number:03}/{}x", "d/".repeat(2000));
+        tar.pax("path", name.as_bytes()).file("short", b"")
+    });
+    let tar = tar.finish();
+    for (what, layer) in [
+        ("plain", Layer::plain(&tar)),
+        ("esgz", written_of(&tar, ESTARGZ)),
+        ("podman", written_of(&tar, zstd_chunked(Dialect::Podman))),
+    ] {
+        let world = World::new();
+        let registry = world.registry();
+        let name = push(&registry, "app", what, std::slice::from_ref(&layer));
+        let dir = world.dir("root");
+        for arguments in [["mount", &name, dir.to_str().unwrap()].as_slice(), &["ls", &name]] {
+            let output = world.run(arguments);
+            let message = errors(&output);
+            assert!(!output.status.success(), "peel {arguments:?} took it");
+            assert!(
+                message.contains("more than 250000 directories that have no entry")
+                    && message.contains(&layer.digest().to_string()),
+                "{what}: peel {arguments:?}: {message}"
+            );
+        }
+        world.assert_sound();
+    }
+}
+
+fn written_of(tar: &[u8], format: Format) -> Layer {
+    Layer::written(tar, format).unwrap()
+}
+
+#[test]
+fn a_stream_that_expands_far_before_a_chunk() {
+    let world = World::new();
+    let registry = world.registry();
+    let layer = written(estargz_with(0, 50_000, false)).with_contents(|entries| {
+        entry(entries, "data/a")["innerOffset"] = json!(1020_u64 << 20);
+    });
+    let name = push(&registry, "app", "x", std::slice::from_ref(&layer));
+    let reason = "the compressed stream that holds /data/a has more than 512 MiB up to its end";
+    assert_served_whole(&world, &name, &layer, reason);
+}
+
+#[test]
+fn lists_of_users_that_are_too_long() {
+    let passwd = b"x:x:1:1::/:/bin/false\n".repeat(200_000);
+    assert!(passwd.len() > 4 << 20);
+    let tar = Tar::new().dir("etc").file("etc/passwd", &passwd).finish();
+    let world = World::new();
+    let registry = world.registry();
+    let name = push(&registry, "app", "x", &[Layer::plain(&tar)]);
+    let output = world.run(&["run", &name, "/bin/true"]);
+    let message = errors(&output);
+    assert!(!output.status.success());
+    for part in ["/etc/passwd", "4194304", "File too large"] {
+        assert!(message.contains(part), "{message}");
+    }
+    assert!(!message.contains("Success"), "{message}");
+    world.assert_sound();
+}
