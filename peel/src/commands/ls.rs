@@ -1,12 +1,13 @@
 //! `peel ls`: a directory of an image, from its tables of contents. If one of them was found wrong when its layer was checked as a whole,
 //! that is said on standard error, and in each line of `--json`: what is listed is what that table says.
 
-use std::io::Write;
+use std::io::{self, Write};
 use std::os::unix::ffi::OsStrExt;
 
 use anyhow::Context;
 use peel_image::tree::{Inode, InodeId, InodeKind, Tree};
 use serde::Serialize;
+use serde::ser::{SerializeSeq, Serializer};
 
 use super::checks::{Check, checks};
 use super::look::OpenImage;
@@ -43,28 +44,45 @@ pub(super) fn run(global: &Global, args: &LsArgs) -> anyhow::Result<()> {
     let tree = open.contents()?.tree;
     let path = args.path.as_bytes();
     let start = tree.resolve(path, true)?;
-    let mut lines = Vec::new();
-    match tree.children(start) {
-        Some(_) => list(&tree, start, &mut Vec::new(), args.recursive, &mut lines)?,
-        None => lines.push(line(&tree, start, path)?),
-    }
-    if warn(&checks(global, &open)) {
-        for line in &mut lines {
-            line.check = Some("failed");
-        }
-    }
+    let check = warn(&checks(global, &open)).then_some("failed");
+    let mut out = io::BufWriter::new(io::stdout().lock());
+    // Printed as they are found: the paths of a deep tree take far more room than the tree.
     if global.json {
-        return super::print_json(&lines);
-    }
-    let mut out = std::io::BufWriter::new(std::io::stdout().lock());
-    for line in &lines {
-        if args.long {
-            print_long(&mut out, line)?;
-        } else {
-            writeln!(out, "{}", line.name)?;
-        }
+        let mut serializer = serde_json::Serializer::new(&mut out);
+        // As an error of the output, which tells a pipe that nobody reads any more.
+        let mut lines = serializer.serialize_seq(None).map_err(io::Error::from)?;
+        each(&tree, start, path, args.recursive, &mut |mut line| {
+            line.check = check;
+            Ok(lines.serialize_element(&line).map_err(io::Error::from)?)
+        })?;
+        lines.end().map_err(io::Error::from)?;
+        writeln!(out)?;
+    } else {
+        each(&tree, start, path, args.recursive, &mut |line| {
+            Ok(match args.long {
+                true => print_long(&mut out, &line)?,
+                false => writeln!(out, "{}", line.name)?,
+            })
+        })?;
     }
     Ok(out.flush()?)
+}
+
+/// What takes the lines.
+type Sink<'s> = dyn FnMut(Line) -> anyhow::Result<()> + 's;
+
+/// The lines of a directory, or the one of anything else.
+fn each(
+    tree: &Tree,
+    start: InodeId,
+    path: &[u8],
+    recursive: bool,
+    sink: &mut Sink<'_>,
+) -> anyhow::Result<()> {
+    match tree.children(start) {
+        Some(_) => list(tree, start, &mut Vec::new(), recursive, sink),
+        None => sink(line(tree, start, path)?),
+    }
 }
 
 /// Says which layers were found wrong; true if there are any.
@@ -78,7 +96,7 @@ fn warn(checks: &[Check]) -> bool {
         let on = when.as_ref().map_or(String::new(), |when| format!(" on {when}"));
         let fault = printable(fault.as_bytes());
         let _ = writeln!(
-            std::io::stderr(),
+            io::stderr(),
             "peel: WRONG: layer {number} of {} did not pass its check{on}: {fault}; it is not loaded, and this list is not to be trusted",
             checks.len()
         );
@@ -91,7 +109,7 @@ fn list(
     directory: InodeId,
     path: &mut Vec<u8>,
     recursive: bool,
-    lines: &mut Vec<Line>,
+    sink: &mut Sink<'_>,
 ) -> anyhow::Result<()> {
     // A tree has no path longer than the kernel's limit, which bounds the depth.
     for (name, id) in tree.children(directory).into_iter().flatten() {
@@ -100,9 +118,9 @@ fn list(
             path.push(b'/');
         }
         path.extend_from_slice(name);
-        lines.push(line(tree, *id, path)?);
+        sink(line(tree, *id, path)?)?;
         if recursive {
-            list(tree, *id, path, true, lines)?;
+            list(tree, *id, path, true, sink)?;
         }
         path.truncate(length);
     }
@@ -139,7 +157,7 @@ fn line(tree: &Tree, id: InodeId, name: &[u8]) -> anyhow::Result<Line> {
     })
 }
 
-fn print_long(out: &mut impl Write, line: &Line) -> std::io::Result<()> {
+fn print_long(out: &mut impl Write, line: &Line) -> io::Result<()> {
     let kind = match line.kind {
         "directory" => 'd',
         "symlink" => 'l',
