@@ -28,6 +28,19 @@ pub const DOCKER_LAYER_GZIP: &str = "application/vnd.docker.image.rootfs.diff.ta
 /// Docker layer: tar in zstd.
 pub const DOCKER_LAYER_ZSTD: &str = "application/vnd.docker.image.rootfs.diff.tar.zstd";
 
+/// OCI layer that registries need not have: plain tar.
+pub const OCI_FOREIGN_LAYER: &str = "application/vnd.oci.image.layer.nondistributable.v1.tar";
+/// OCI layer that registries need not have: tar in gzip.
+pub const OCI_FOREIGN_LAYER_GZIP: &str = "application/vnd.oci.image.layer.nondistributable.v1.tar+gzip";
+/// OCI layer that registries need not have: tar in zstd.
+pub const OCI_FOREIGN_LAYER_ZSTD: &str = "application/vnd.oci.image.layer.nondistributable.v1.tar+zstd";
+/// Docker layer that registries need not have: plain tar.
+pub const DOCKER_FOREIGN_LAYER: &str = "application/vnd.docker.image.rootfs.foreign.diff.tar";
+/// Docker layer that registries need not have: tar in gzip.
+pub const DOCKER_FOREIGN_LAYER_GZIP: &str = "application/vnd.docker.image.rootfs.foreign.diff.tar.gzip";
+/// Docker layer that registries need not have: tar in zstd.
+pub const DOCKER_FOREIGN_LAYER_ZSTD: &str = "application/vnd.docker.image.rootfs.foreign.diff.tar.zstd";
+
 /// Whether a manifest of this type is a list of manifests, one per platform.
 pub fn is_index(media_type: &str) -> bool {
     matches!(media_type, OCI_INDEX | DOCKER_INDEX)
@@ -37,9 +50,13 @@ pub fn is_index(media_type: &str) -> bool {
 /// so a reader also looks at the first bytes ([`crate::compression`]).
 pub fn layer_encoding(media_type: &str) -> Option<Encoding> {
     match media_type {
-        OCI_LAYER | DOCKER_LAYER => Some(Encoding::Plain),
-        OCI_LAYER_GZIP | DOCKER_LAYER_GZIP => Some(Encoding::Gzip),
-        OCI_LAYER_ZSTD | DOCKER_LAYER_ZSTD => Some(Encoding::Zstd),
+        OCI_LAYER | DOCKER_LAYER | OCI_FOREIGN_LAYER | DOCKER_FOREIGN_LAYER => Some(Encoding::Plain),
+        OCI_LAYER_GZIP | DOCKER_LAYER_GZIP | OCI_FOREIGN_LAYER_GZIP | DOCKER_FOREIGN_LAYER_GZIP => {
+            Some(Encoding::Gzip)
+        }
+        OCI_LAYER_ZSTD | DOCKER_LAYER_ZSTD | OCI_FOREIGN_LAYER_ZSTD | DOCKER_FOREIGN_LAYER_ZSTD => {
+            Some(Encoding::Zstd)
+        }
         _ => None,
     }
 }

@@ -11,6 +11,11 @@ pub enum NotLazy {
     /// It is no layer.
     #[error("its media type {0:.200} is not that of a layer")]
     MediaType(String),
+    /// Its files cannot be had one by one.
+    #[error(
+        "its registry ignores range requests: it sends the whole layer when it is asked for a part of it"
+    )]
+    NoRanges,
     /// An ordinary layer.
     #[error("it is an ordinary layer ({0}) without a table of contents")]
     Plain(Format),
