@@ -172,7 +172,13 @@ impl Jobs {
         let mut known = HashMap::new();
         for (part, config) in parts.iter().zip(configs) {
             let layers = part.image.manifest.layers();
-            let diff_ids = diff_ids(config);
+            let config = peel_registry::document::configuration(config).map_err(|reason| {
+                anyhow::anyhow!(
+                    "configuration {}: {reason}",
+                    part.image.manifest.config().digest()
+                )
+            })?;
+            let diff_ids = config.diff_ids;
             if diff_ids.len() != layers.len() {
                 bail!(
                     "the configuration of the image {} has {} DiffIDs for {} layers; it is damaged, or no container image",
@@ -383,10 +389,7 @@ fn order(plan: &Plan, layers: &[&Done]) -> Option<String> {
 
 /// The diff ids of a configuration, as far as they are there.
 pub fn diff_ids(config: &Bytes) -> Vec<Digest> {
-    let config: serde_json::Value = serde_json::from_slice(config).unwrap_or_default();
-    config
-        .pointer("/rootfs/diff_ids")
-        .and_then(serde_json::Value::as_array)
-        .map(|ids| ids.iter().filter_map(|id| id.as_str()?.parse().ok()).collect())
+    peel_registry::document::configuration(config)
+        .map(|config| config.diff_ids)
         .unwrap_or_default()
 }

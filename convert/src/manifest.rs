@@ -96,6 +96,7 @@ pub fn manifest(
     };
     let old = match fields.remove("layers") {
         Some(Value::Array(old)) if old.len() == layers.len() => old,
+        None | Some(Value::Null) if layers.is_empty() => Vec::new(),
         _ => bail!("the manifest of the image has not the layers that were converted"),
     };
     let new: Vec<Value> = old

@@ -18,12 +18,12 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::thread;
 
-use oci_spec::image::{Descriptor, ImageConfiguration, ImageManifest};
+use oci_spec::image::{Descriptor, ImageManifest};
 use peel_image::layer::LayerIndex;
 use peel_image::lazy::Candidate;
 use peel_image::tree::Tree;
 use peel_image::{Digest, annotations};
-use peel_registry::{Blob, ImageName, ResolvedImage, Source};
+use peel_registry::{Blob, ImageName, ResolvedImage, Source, document};
 use peel_store::ImageRecord;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
@@ -373,11 +373,7 @@ async fn configuration(
 
 /// The digests of the uncompressed layers, lowest first, that a configuration lists; else what is wrong with it.
 pub(crate) fn diff_ids(config: &[u8]) -> Result<Vec<Digest>, String> {
-    let parsed = ImageConfiguration::from_reader(config).map_err(|error| error.to_string())?;
-    let diff_ids = parsed.rootfs().diff_ids().iter();
-    diff_ids
-        .map(|text| text.parse::<Digest>().map_err(|error| error.to_string()))
-        .collect()
+    Ok(document::configuration(config)?.diff_ids)
 }
 
 /// The annotation that orders the prefetch.

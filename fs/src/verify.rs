@@ -9,7 +9,7 @@ pub(crate) mod background;
 
 use std::time::SystemTime;
 
-use oci_spec::image::{Descriptor, ImageManifest};
+use oci_spec::image::Descriptor;
 use peel_image::Digest;
 use peel_image::layer::LayerIndex;
 use peel_image::views;
@@ -96,7 +96,7 @@ pub fn image_faults(store: &Store, manifest: &Digest) -> Result<Vec<(Digest, Str
     let Some(record) = store.image(manifest)? else {
         return Ok(Vec::new());
     };
-    let manifest = ImageManifest::from_reader(record.manifest.as_slice());
+    let manifest = peel_registry::document::manifest(&record.manifest);
     let (Ok(manifest), Ok(diff_ids)) = (manifest, crate::load::diff_ids(&record.config)) else {
         return Ok(Vec::new());
     };

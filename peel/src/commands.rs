@@ -159,6 +159,21 @@ fn mount_request(
     })
 }
 
+/// Says so if an image is for another platform than was asked for. As everywhere else, what is not in an index is taken all the same.
+fn warn_of_platform(image: &str, config: &str, platform: Option<&str>) {
+    let other = peel_registry::document::configuration(config.as_bytes())
+        .ok()
+        .and_then(|config| config.mismatch(platform));
+    if let Some(other) = other {
+        let other = crate::describe::printable(other.as_bytes());
+        let wanted = platform.unwrap_or("this machine's");
+        let _ = writeln!(
+            std::io::stderr(),
+            "peel: {image} is for the platform {other}, not {wanted}; its programs may not run"
+        );
+    }
+}
+
 /// Prints one JSON object and a newline on standard output.
 fn print_json(value: &impl serde::Serialize) -> anyhow::Result<()> {
     let mut out = std::io::stdout().lock();

@@ -11,6 +11,7 @@ use oci_spec::image::{Descriptor, ImageIndex};
 use peel_image::Digest;
 
 use crate::archive::TarIndex;
+use crate::document;
 use crate::error::Error;
 use crate::transfer::file::Stretch;
 
@@ -152,7 +153,7 @@ fn annotation_of<'a>(descriptor: &'a Descriptor, name: &str) -> Option<&'a str> 
 }
 
 pub(crate) fn parse_index(path: &Path, bytes: &[u8]) -> Result<ImageIndex, Error> {
-    serde_json::from_slice(bytes).map_err(|error| Error::layout(path, format!("index.json: {error}")))
+    document::index(bytes).map_err(|error| Error::layout(path, format!("index.json: {error}")))
 }
 
 /// Reads a small file whole. Blocks on the disk.

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use oci_spec::image::{Descriptor, ImageManifest};
 use peel_image::Digest;
 use peel_image::layer::{EntryKind, LayerIndex};
-use peel_registry::{Blob, Source, TocImage};
+use peel_registry::{Blob, Source, TocImage, document};
 use peel_store::{ImageRecord, Store};
 
 use super::layer::read_toc;
@@ -68,8 +68,7 @@ pub(super) fn load(job: &Job, manifest: &Digest, care: Care) -> Result<Option<Lo
         digest: *manifest,
         reason,
     };
-    let parsed =
-        ImageManifest::from_reader(record.manifest.as_slice()).map_err(|error| invalid(error.to_string()))?;
+    let parsed = document::manifest(&record.manifest).map_err(invalid)?;
     let diff_ids = diff_ids(&record.config).map_err(invalid)?;
     let mut reports = Vec::new();
     for ((descriptor, key), diff_id) in parsed.layers().iter().zip(&record.layers).zip(diff_ids) {

@@ -21,7 +21,7 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
-use oci_spec::image::{Descriptor, ImageManifest};
+use oci_spec::image::Descriptor;
 use peel_image::Digest;
 use peel_image::layer::{EntryKind, LayerIndex};
 use peel_registry::{Blob, ImageName, Source};
@@ -146,7 +146,7 @@ fn take_up(store: &Store, loaded: &Arc<Loaded>, waiting: &mut Vec<Waiting>) -> b
     let Ok(Some(record)) = store.image(&loaded.manifest) else {
         return false;
     };
-    let Ok(manifest) = ImageManifest::from_reader(record.manifest.as_slice()) else {
+    let Ok(manifest) = peel_registry::document::manifest(&record.manifest) else {
         return true;
     };
     let local = !matches!(loaded.request.name, ImageName::Registry(_));

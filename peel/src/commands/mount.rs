@@ -47,6 +47,7 @@ pub(super) fn run(global: &Global, args: &MountArgs) -> anyhow::Result<()> {
     let mut progress = LoadProgress::new(&args.image);
     let (mounted, fd) = client.mount(request, &mut |step| progress.update(&step))?;
     progress.finish();
+    super::warn_of_platform(&args.image, &mounted.config, args.load.platform.as_deref());
     client.keep(&mounted.id, &dir)?;
     if let Err(error) = attach(fd.as_fd(), &dir) {
         drop(fd);

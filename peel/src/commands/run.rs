@@ -70,6 +70,7 @@ pub(super) fn run(global: &Global, args: &RunArgs) -> anyhow::Result<ExitCode> {
     })?;
     progress.finish();
     let mount = begin.elapsed();
+    super::warn_of_platform(&args.image, &mounted.config, args.load.platform.as_deref());
 
     let isolation = Isolation {
         network: args.net.into(),

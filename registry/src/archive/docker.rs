@@ -9,11 +9,12 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
-use oci_spec::image::{Descriptor, ImageConfiguration, ImageManifestBuilder, MediaType};
+use oci_spec::image::{Descriptor, ImageManifestBuilder, MediaType};
 use peel_image::{Digest, Hasher, media};
 use serde::Deserialize;
 
 use super::TarIndex;
+use crate::document;
 use crate::error::Error;
 use crate::layout::read_small;
 use crate::name::Reference;
@@ -38,7 +39,7 @@ pub(crate) struct DockerArchive {
 struct Image {
     config: String,
     repo_tags: Option<Vec<String>>,
-    layers: Vec<String>,
+    layers: Option<Vec<String>>,
 }
 
 impl DockerArchive {
@@ -53,36 +54,33 @@ impl DockerArchive {
                 error
             }
         })?;
-        let images: Vec<Image> = serde_json::from_slice(&read_small(&manifest, MAX_JSON)?)
+        let images: Option<Vec<Image>> = serde_json::from_slice(&read_small(&manifest, MAX_JSON)?)
             .map_err(|error| fail(format!("manifest.json: {error}")))?;
+        let images = images.unwrap_or_default();
         let image = choose(path, &images, tag)?;
-        if image.layers.len() > MAX_LAYERS {
-            return Err(fail(format!(
-                "{} layers, more than {MAX_LAYERS}",
-                image.layers.len()
-            )));
+        let names = image.layers.as_deref().unwrap_or_default();
+        if names.len() > MAX_LAYERS {
+            return Err(fail(format!("{} layers, more than {MAX_LAYERS}", names.len())));
         }
         let config = tar.get(&image.config)?;
         let config_bytes = read_small(&config, MAX_JSON)?;
-        let parsed: ImageConfiguration = serde_json::from_slice(&config_bytes)
-            .map_err(|error| fail(format!("configuration {}: {error}", image.config)))?;
-        let diff_ids = parsed.rootfs().diff_ids();
-        if diff_ids.len() != image.layers.len() {
+        let diff_ids = document::configuration(&config_bytes)
+            .map_err(|error| fail(format!("configuration {}: {error}", image.config)))?
+            .diff_ids;
+        if diff_ids.len() != names.len() {
             return Err(fail(format!(
                 "{} layers, but the configuration tells of {}",
-                image.layers.len(),
+                names.len(),
                 diff_ids.len()
             )));
         }
         let mut blobs = HashMap::new();
-        let mut layers = Vec::with_capacity(image.layers.len());
-        for (name, diff_id) in image.layers.iter().zip(diff_ids) {
+        let mut layers = Vec::with_capacity(names.len());
+        for (name, diff_id) in names.iter().zip(diff_ids) {
             let stretch = tar.get(name)?;
             let (media_type, plain) = media_type(&stretch)?;
             let digest = match name.strip_prefix("blobs/sha256/").map(Digest::from_hex) {
-                _ if plain => diff_id
-                    .parse()
-                    .map_err(|error| fail(format!("configuration {}: {error}", image.config)))?,
+                _ if plain => diff_id,
                 Some(Ok(digest)) => digest,
                 _ => hash(&stretch)?,
             };

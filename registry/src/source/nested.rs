@@ -18,6 +18,7 @@ use serde_json::Value;
 
 use super::Inner;
 use super::resolve::{Content, Document};
+use crate::document;
 use crate::error::Error;
 
 /// Indexes within each other. Nobody is known to nest more than two.
@@ -49,12 +50,14 @@ pub(super) async fn flatten(source: &Arc<Inner>, top: &Document) -> Result<Optio
     let fail = |reason: String| source.manifest_error(format!("index {}", top.digest), reason);
     let malformed = |error: serde_json::Error| fail(error.to_string());
     let mut flat: Value = serde_json::from_slice(&top.bytes).map_err(malformed)?;
+    document::drop_nulls(&mut flat);
     // What is still to be looked at, the next one last, each with the number of indexes that it is in.
     let mut pending: Vec<(usize, Value)> = entries(&mut flat).into_iter().map(|entry| (1, entry)).collect();
     pending.reverse();
     let mut found = Vec::new();
     let (mut indexes, mut size) = (0, 0);
-    while let Some((depth, entry)) = pending.pop() {
+    while let Some((depth, mut entry)) = pending.pop() {
+        document::complete_platform(&mut entry);
         let descriptor: Descriptor = serde_json::from_value(entry.clone()).map_err(malformed)?;
         if !is_index(&descriptor) {
             found.push(entry);
@@ -81,6 +84,7 @@ pub(super) async fn flatten(source: &Arc<Inner>, top: &Document) -> Result<Optio
             return Err(fail(format!("more than {MAX_BYTES} bytes of indexes within it")));
         }
         let mut inner: Value = serde_json::from_slice(&inner.bytes).map_err(malformed)?;
+        document::drop_nulls(&mut inner);
         let inherit = |mut inner: Value| {
             if let (Some(fields), Some(platform)) = (inner.as_object_mut(), entry.get("platform")) {
                 fields.entry("platform").or_insert_with(|| platform.clone());
@@ -94,7 +98,7 @@ pub(super) async fn flatten(source: &Arc<Inner>, top: &Document) -> Result<Optio
     }
     let bytes = serde_json::to_vec(&flat).map_err(malformed)?;
     Ok(Some(Flat {
-        index: serde_json::from_value(flat).map_err(malformed)?,
+        index: document::index_of(flat).map_err(fail)?,
         bytes: bytes.into(),
     }))
 }

@@ -2,9 +2,14 @@
 //!
 //! Platforms are written `os/architecture[/variant]` in Go's words; the first or the rest may be left out. Variants are levels of
 //! one architecture: a machine of a level runs images of that level and below, and the highest of these is the best (as
-//! containerd chooses).
+//! containerd chooses). After all of these come the images of the older architecture whose programs the machine runs too: 386 on amd64,
+//! arm on arm64 (containerd, `platforms.Only`).
+//!
+//! An entry that describes another one (an attestation of BuildKit) is never chosen; one of an artifact only if no other entry is of
+//! the platform. Entries that do not say their platform are the matter of [`super::resolve`], which asks their configurations.
 
-use oci_spec::image::{Descriptor, Platform};
+use oci_spec::image::Descriptor;
+use peel_image::media;
 
 /// A platform to choose an image for.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -66,33 +71,92 @@ impl Wanted {
         }
     }
 
-    /// The best of `manifests`; among equals the first.
-    pub(crate) fn choose<'a>(&self, manifests: &'a [Descriptor]) -> Option<&'a Descriptor> {
-        let mut best: Option<(u32, &Descriptor)> = None;
-        for descriptor in manifests {
-            if let Some(level) = descriptor
-                .platform()
-                .as_ref()
-                .and_then(|platform| self.accepts(platform))
-                && best.is_none_or(|(known, _)| level > known)
-            {
-                best = Some((level, descriptor));
+    /// Position of the best of `manifests` that say their platform; among equals the first.
+    pub(crate) fn choose(&self, manifests: &[Descriptor]) -> Option<usize> {
+        let mut best: Option<((bool, Rank), usize)> = None;
+        for (position, descriptor) in manifests.iter().enumerate() {
+            if is_statement(descriptor) || !says_platform(descriptor) {
+                continue;
+            }
+            let accepted = descriptor.platform().as_ref().and_then(|platform| {
+                self.rank(
+                    &platform.os().to_string(),
+                    &platform.architecture().to_string(),
+                    platform.variant().as_deref().unwrap_or_default(),
+                )
+            });
+            let Some(rank) = accepted else { continue };
+            let rank = (!is_artifact(descriptor), rank);
+            if best.is_none_or(|(known, _)| rank > known) {
+                best = Some((rank, position));
             }
         }
-        best.map(|(_, descriptor)| descriptor)
+        best.map(|(_, position)| position)
     }
 
-    /// The level of an image for `platform` if it runs here.
-    fn accepts(&self, platform: &Platform) -> Option<u32> {
-        let (architecture, implied) = normal(&platform.architecture().to_string());
-        let variant = platform
-            .variant()
-            .as_deref()
-            .filter(|variant| !variant.is_empty());
-        let level = level(&architecture, variant.or(implied))?;
-        (platform.os().to_string() == self.os && architecture == self.architecture && level <= self.variant)
-            .then_some(level)
+    /// How well an image for this platform does here; `None` if it does not run. An operating system that is left out is Linux.
+    pub(crate) fn rank(&self, os: &str, architecture: &str, variant: &str) -> Option<Rank> {
+        let os = if os.is_empty() {
+            "linux".to_owned()
+        } else {
+            os.to_ascii_lowercase()
+        };
+        let (architecture, implied) = normal(architecture);
+        let level = level(
+            &architecture,
+            Some(variant).filter(|variant| !variant.is_empty()).or(implied),
+        )?;
+        if os != self.os {
+            return None;
+        }
+        let native = architecture == self.architecture;
+        let fits = match (self.architecture.as_str(), architecture.as_str()) {
+            _ if native => level <= self.variant,
+            ("amd64", "386") => true,
+            ("arm64", "arm") => level <= self.variant,
+            _ => false,
+        };
+        fits.then_some(Rank { native, level })
     }
+}
+
+/// How well an image does on a machine; the greatest is the best.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Rank {
+    /// It is for the machine's own architecture.
+    native: bool,
+    level: u32,
+}
+
+/// Annotation of entries that are statements about another entry (BuildKit's attestation storage).
+const REFERENCE_TYPE: &str = "vnd.docker.reference.type";
+
+/// Whether an entry of an index is no image: a statement about one, or of no platform that can exist.
+pub fn is_statement(entry: &Descriptor) -> bool {
+    let says = entry
+        .annotations()
+        .as_ref()
+        .is_some_and(|all| all.contains_key(REFERENCE_TYPE));
+    let nowhere = entry.platform().as_ref().is_some_and(|platform| {
+        platform.os().to_string() == "unknown" && platform.architecture().to_string() == "unknown"
+    });
+    (says || nowhere) && !media::is_index(entry.media_type().as_ref())
+}
+
+/// Whether an entry says that it is something else than an image (image specification, "artifactType").
+pub(crate) fn is_artifact(entry: &Descriptor) -> bool {
+    entry
+        .artifact_type()
+        .as_ref()
+        .is_some_and(|kind| !matches!(kind.as_ref(), "" | media::OCI_CONFIG | media::DOCKER_CONFIG))
+}
+
+/// Whether an entry says for which architecture it is.
+pub(crate) fn says_platform(entry: &Descriptor) -> bool {
+    entry
+        .platform()
+        .as_ref()
+        .is_some_and(|platform| !platform.architecture().to_string().is_empty())
 }
 
 /// Operating systems that images are made for.
@@ -162,10 +226,13 @@ fn x86_level() -> u32 {
     100
 }
 
-/// The platforms of an index as errors print them, each once.
-pub(crate) fn list(manifests: &[Descriptor]) -> String {
+/// The platforms of an index as errors print them, each once. `found` has those that the configurations of some entries say, by their
+/// positions.
+pub(crate) fn list(manifests: &[Descriptor], found: &[(usize, String)]) -> String {
     let mut all: Vec<String> = Vec::new();
-    for platform in manifests.iter().map(show) {
+    for (position, entry) in manifests.iter().enumerate() {
+        let by_configuration = found.iter().find(|(known, _)| *known == position);
+        let platform = by_configuration.map_or_else(|| show(entry), |(_, text)| text.clone());
         if !all.contains(&platform) {
             all.push(platform);
         }
@@ -179,14 +246,14 @@ pub(crate) fn list(manifests: &[Descriptor]) -> String {
 /// A platform as errors print it.
 fn show(descriptor: &Descriptor) -> String {
     match descriptor.platform() {
-        Some(platform) => {
+        Some(platform) if says_platform(descriptor) => {
             let variant = platform
                 .variant()
                 .as_deref()
                 .map_or(String::new(), |v| format!("/{v}"));
             format!("{}/{}{variant}", platform.os(), platform.architecture())
         }
-        None => "(no platform)".to_owned(),
+        _ => "(no platform)".to_owned(),
     }
 }
 
@@ -258,10 +325,17 @@ mod tests {
             (&["windows/amd64", "linux/s390x"], "s390x", Some(1)),
             (&["linux/riscv64", "linux/riscv64"], "linux/riscv64", Some(0)),
             (&["linux/amd64/strange"], "linux/amd64", None),
+            (&["linux/386", "linux/amd64"], "linux/amd64", Some(1)),
+            (&["linux/arm64", "linux/386"], "linux/amd64/v3", Some(1)),
+            (&["linux/amd64"], "linux/386", None),
+            (&["linux/arm/v5", "linux/arm/v7"], "linux/arm64", Some(1)),
+            (&["linux/arm/v7", "linux/arm64"], "linux/arm64/v9", Some(1)),
+            (&["linux/arm/v9"], "linux/arm64", None),
+            (&["/amd64", "linux/arm64"], "linux/amd64", Some(0)),
+            (&["linux/", "/"], "linux/amd64", None),
         ] {
             let manifests = index(platforms);
             let chosen = Wanted::parse(wanted).unwrap().choose(&manifests);
-            let expected = expected.map(|number: usize| &manifests[number]);
             assert_eq!(chosen, expected, "{wanted} of {platforms:?}");
         }
     }
@@ -286,6 +360,20 @@ mod tests {
     fn this_machine_finds_its_image() {
         let text = format!("linux/{}", Wanted::host().architecture);
         let manifests = index(&["plan9/amd64", &text]);
-        assert_eq!(Wanted::host().choose(&manifests), Some(&manifests[1]));
+        assert_eq!(Wanted::host().choose(&manifests), Some(1));
+    }
+
+    #[test]
+    fn statements_and_artifacts_are_not_images() {
+        let mut manifests = index(&["linux/amd64", "linux/amd64", "linux/amd64"]);
+        let annotations = [(REFERENCE_TYPE.to_owned(), "attestation-manifest".to_owned())];
+        manifests[0].set_annotations(Some(annotations.into()));
+        manifests[1].set_artifact_type(Some("application/vnd.example".into()));
+        let wanted = Wanted::parse("linux/amd64").unwrap();
+        assert_eq!(wanted.choose(&manifests), Some(2));
+        assert_eq!(wanted.choose(&manifests[..2]), Some(1), "better than nothing");
+        assert_eq!(wanted.choose(&manifests[..1]), None);
+        assert!(is_statement(&manifests[0]) && !is_statement(&manifests[1]));
+        assert!(is_statement(&index(&["unknown/unknown"])[0]));
     }
 }

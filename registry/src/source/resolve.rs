@@ -1,17 +1,24 @@
 //! From a name to the manifest of one platform.
 
+use std::sync::Arc;
+
 use bytes::Bytes;
-use oci_spec::image::{Descriptor, ImageConfiguration, ImageIndex, ImageManifest, Platform};
+use oci_spec::image::{Descriptor, ImageIndex, ImageManifest, Platform};
 use peel_image::{Digest, media};
 
+use super::blob::Blob;
 use super::nested::{self, MAX_DEPTH};
-use super::{Source, platform};
+use super::{Inner, Source, platform};
+use crate::document::{self, Configuration};
 use crate::error::Error;
 
 /// Largest image configuration in bytes; histories of long builds reach some hundred KiB.
 const MAX_CONFIG: u64 = 8 << 20;
 /// Layers of one image: Docker stops at 127; a hostile manifest of 4 MiB could name 20,000.
 const MAX_LAYERS: usize = 1000;
+/// Entries of an index whose configurations are asked for because they do not say their platforms. Builders that leave them out write
+/// one or a few.
+const MAX_SILENT: usize = 16;
 
 /// One manifest of one platform, and where it came from.
 #[derive(Debug, Clone)]
@@ -44,21 +51,9 @@ pub struct ResolvedIndex {
 }
 
 impl ResolvedIndex {
-    /// Position of the entry for `platform` (`os/architecture[/variant]`; `None` is this machine), as [`Source::resolve`] would choose
-    /// it; `None` if there is none or the text is no platform.
-    pub fn choose(&self, platform: Option<&str>) -> Option<usize> {
-        let wanted = match platform {
-            None => platform::Wanted::host(),
-            Some(text) => platform::Wanted::parse(text)?,
-        };
-        let manifests = self.index.manifests();
-        let chosen = wanted.choose(manifests).or_else(|| nameless(manifests))?;
-        manifests.iter().position(|entry| std::ptr::eq(entry, chosen))
-    }
-
     /// The platforms of all entries, for people: `os/architecture[/variant]`, joined by commas.
     pub fn platforms(&self) -> String {
-        platform::list(self.index.manifests())
+        platform::list(self.index.manifests(), &[])
     }
 }
 
@@ -94,6 +89,10 @@ impl Document {
         let json: serde_json::Value =
             serde_json::from_slice(&bytes).map_err(|error| fail(format!("no JSON: {error}")))?;
         let inside = json.get("mediaType").and_then(|value| value.as_str());
+        let inside = inside.filter(|text| !text.is_empty());
+        // Go writes `null` for a list that was never made.
+        let has = |name: &str| json.get(name).is_some_and(|value| !value.is_null());
+        let is_named = |name: &str| json.get(name).is_some();
         let known = |text: &&str| {
             matches!(
                 *text,
@@ -106,18 +105,19 @@ impl Document {
             }
             (Some(media_type), _) | (None, Some(media_type)) => media_type,
             // OCI manifests need not name their type, and servers of plain files do not know it.
-            (None, None) if json.get("manifests").is_some() => media::OCI_INDEX,
-            (None, None) if json.get("layers").is_some() => media::OCI_MANIFEST,
+            (None, None) if has("manifests") => media::OCI_INDEX,
+            (None, None) if has("layers") || has("config") => media::OCI_MANIFEST,
+            (None, None) if is_named("manifests") => media::OCI_INDEX,
             (None, None) => media_type.unwrap_or("a document without a media type"),
         }
         .to_owned();
-        if json.get("manifests").is_some() && (json.get("layers").is_some() || json.get("config").is_some()) {
+        if has("manifests") && (has("layers") || has("config")) {
             return Err(fail("it is both a manifest and an index".into()));
         }
         let content = if media::is_index(&media_type) {
-            serde_json::from_slice(&bytes).map(|index| Content::Index(Box::new(index)))
+            document::index(&bytes).map(|index| Content::Index(Box::new(index)))
         } else if known(&media_type.as_str()) {
-            serde_json::from_slice(&bytes).map(|manifest| Content::Manifest(Box::new(manifest)))
+            document::manifest(&bytes).map(|manifest| Content::Manifest(Box::new(manifest)))
         } else if json.get("schemaVersion").and_then(serde_json::Value::as_u64) == Some(1) {
             return Err(fail(
                 "Docker schema 1, which has no digests of its layers; push the image again with a newer client".into(),
@@ -127,7 +127,7 @@ impl Document {
                 "{media_type:.200} is no image manifest and no index"
             )));
         };
-        let content = content.map_err(|error| fail(format!("{error}")))?;
+        let content = content.map_err(fail)?;
         if let Content::Manifest(manifest) = &content
             && manifest.layers().len() > MAX_LAYERS
         {
@@ -163,7 +163,8 @@ impl Source {
     /// Finds the manifest for `platform` (`os/architecture[/variant]`; `None` is this machine). One request per document: one for
     /// an image, two for an index, one more for each index within it. What the name itself names is asked for once in the life of this source.
     ///
-    /// An image that is not in an index is taken as it is; its configuration tells its platform.
+    /// An image that is not in an index is taken as it is; its configuration tells its platform. So is the only image of an index that
+    /// does not say its platform; of several, the configurations decide.
     pub async fn resolve(&self, platform: Option<&str>) -> Result<ResolvedImage, Error> {
         let wanted = match platform {
             None => platform::Wanted::host(),
@@ -183,14 +184,17 @@ impl Source {
                 break;
             };
             let manifests = flat.index.manifests();
-            let child = wanted.choose(manifests).or_else(|| nameless(manifests));
-            let Some(child) = child.cloned() else {
-                return Err(Error::Platform {
-                    place: self.inner.place().to_owned(),
-                    wanted: platform.map_or_else(|| wanted.to_string(), str::to_owned),
-                    available: platform::list(manifests),
-                });
+            let chosen = match choose(&self.inner, &wanted, manifests).await? {
+                Ok(position) => manifests.get(position).cloned(),
+                Err(available) => {
+                    return Err(Error::Platform {
+                        place: self.inner.place().to_owned(),
+                        wanted: platform.map_or_else(|| wanted.to_string(), str::to_owned),
+                        available,
+                    });
+                }
             };
+            let Some(child) = chosen else { break };
             found = child.platform().clone().or(found);
             document = self.inner.child(&child).await?;
         }
@@ -199,6 +203,24 @@ impl Source {
             let reason = format!("more than {MAX_DEPTH} indexes within each other");
             self.inner.manifest_error(format!("index {}", top.digest), reason)
         })
+    }
+
+    /// Position of the entry of `index` for `platform` (`os/architecture[/variant]`; `None` is this machine), as [`Source::resolve`]
+    /// would choose it; `None` if there is none or the text is no platform. Asks for configurations only where the entries do not
+    /// say their platforms.
+    pub async fn choose(
+        &self,
+        index: &ResolvedIndex,
+        platform: Option<&str>,
+    ) -> Result<Option<usize>, Error> {
+        let wanted = match platform {
+            None => platform::Wanted::host(),
+            Some(text) => match platform::Wanted::parse(text) {
+                Some(wanted) => wanted,
+                None => return Ok(None),
+            },
+        };
+        Ok(choose(&self.inner, &wanted, index.index.manifests()).await?.ok())
     }
 
     /// The index that the name names, those within it laid out flat; `None` if it names an image. Shares its first request with
@@ -227,25 +249,103 @@ impl Source {
     }
 
     /// The configuration of an image, its digest checked: the bytes and what they say.
-    pub async fn config(&self, image: &ResolvedImage) -> Result<(Bytes, ImageConfiguration), Error> {
-        let descriptor = image.manifest.config();
-        let bytes = self.blob(descriptor)?.read_verified(MAX_CONFIG).await?;
-        let config = serde_json::from_slice(&bytes).map_err(|error| {
-            self.inner.manifest_error(
-                format!("configuration {}", descriptor.digest()),
-                error.to_string(),
-            )
-        })?;
-        Ok((bytes, config))
+    pub async fn config(&self, image: &ResolvedImage) -> Result<(Bytes, Configuration), Error> {
+        self.inner.config(&image.manifest).await
     }
 }
 
-/// The only entry without a platform: some builders write an index around one image and leave the platform out.
-fn nameless(manifests: &[Descriptor]) -> Option<&Descriptor> {
-    match manifests {
-        [only] if only.platform().is_none() => Some(only),
-        _ => None,
+impl Inner {
+    async fn config(self: &Arc<Self>, manifest: &ImageManifest) -> Result<(Bytes, Configuration), Error> {
+        let descriptor = manifest.config();
+        let bytes = Blob::new(self, descriptor)?.read_verified(MAX_CONFIG).await?;
+        let config = document::configuration(&bytes)
+            .map_err(|error| self.manifest_error(format!("configuration {}", descriptor.digest()), error))?;
+        Ok((bytes, config))
     }
+
+    /// What is behind an entry that does not say its platform.
+    async fn look(self: &Arc<Self>, entry: &Descriptor) -> Result<Behind, Error> {
+        let document = match self.child(entry).await {
+            Ok(document) => document,
+            Err(error) if says_no(&error) => return Ok(Behind::NoImage),
+            Err(error) => return Err(error),
+        };
+        let Content::Manifest(manifest) = &document.content else {
+            return Ok(Behind::Unknown);
+        };
+        match self.config(manifest).await {
+            // The configuration of an artifact knows nothing of its layers.
+            Ok((_, config)) if config.diff_ids.len() != manifest.layers().len() => Ok(Behind::NoImage),
+            Ok((_, config)) if config.architecture.is_empty() => Ok(Behind::Unknown),
+            Ok((_, config)) => Ok(Behind::Image(config)),
+            Err(error) if says_no(&error) => Ok(Behind::NoImage),
+            Err(error) => Err(error),
+        }
+    }
+}
+
+/// What an entry of an index leads to.
+#[derive(Debug)]
+enum Behind {
+    /// An image that says its platform.
+    Image(Configuration),
+    /// An image that does not, or an index.
+    Unknown,
+    /// Something else, or nothing.
+    NoImage,
+}
+
+/// Whether an error says that there is no image, rather than that nobody knows.
+fn says_no(error: &Error) -> bool {
+    error.is_not_found()
+        || matches!(
+            error,
+            Error::Manifest { .. } | Error::TooLarge { .. } | Error::Layout { .. } | Error::Foreign { .. }
+        )
+}
+
+/// Position of the entry for a platform; else the platforms that there are. Entries that say their platform come first; of the others,
+/// the only image of the index is taken as it is, and among several the configurations decide.
+async fn choose(
+    source: &Arc<Inner>,
+    wanted: &platform::Wanted,
+    manifests: &[Descriptor],
+) -> Result<Result<usize, String>, Error> {
+    if let Some(position) = wanted.choose(manifests) {
+        return Ok(Ok(position));
+    }
+    let images = || {
+        manifests
+            .iter()
+            .enumerate()
+            .filter(|(_, entry)| !platform::is_statement(entry))
+    };
+    let silent = || images().filter(|(_, entry)| !platform::says_platform(entry));
+    if let (Some((only, _)), 1) = (silent().next(), images().count()) {
+        return Ok(Ok(only));
+    }
+    let mut best: Option<((bool, platform::Rank), usize)> = None;
+    let mut unknown = None;
+    let mut found = Vec::new();
+    for (position, entry) in silent().take(MAX_SILENT) {
+        match source.look(entry).await? {
+            Behind::Image(config) => {
+                let rank = wanted.rank(&config.os, &config.architecture, &config.variant);
+                let rank = rank.map(|rank| (!platform::is_artifact(entry), rank));
+                if let Some(rank) = rank
+                    && best.is_none_or(|(known, _)| rank > known)
+                {
+                    best = Some((rank, position));
+                }
+                let text = [config.os, config.architecture, config.variant];
+                found.push((position, text.join("/").trim_end_matches('/').to_owned()));
+            }
+            Behind::Unknown => unknown = unknown.or(Some(position)),
+            Behind::NoImage => found.push((position, "(no image)".to_owned())),
+        }
+    }
+    let chosen = best.map(|(_, position)| position).or(unknown);
+    Ok(chosen.ok_or_else(|| platform::list(manifests, &found)))
 }
 
 #[cfg(test)]
@@ -274,6 +374,18 @@ mod tests {
             (Some(media::OCI_INDEX), index, true),
             (Some(media::DOCKER_INDEX), index, true),
             (None, index, true),
+            (
+                None,
+                r#"{"schemaVersion":2,"manifests":null,"mediaType":null}"#,
+                true,
+            ),
+            (
+                Some(media::OCI_INDEX),
+                r#"{"mediaType":"","manifests":null}"#,
+                true,
+            ),
+            (None, &manifest.replace("[]", "null"), false),
+            (None, &manifest.replace("[]", "[],\"manifests\":null"), false),
         ] {
             let document = parse(media_type, json).unwrap();
             assert_eq!(

@@ -333,13 +333,13 @@ async fn docker_archives_have_plain_layers() {
     let (source, image) = open(&format!("docker-archive:{path}"), &options()).await;
     assert_eq!(image.manifest_digest, Digest::of(&image.manifest_bytes));
     let (config, parsed) = source.config(&image).await.unwrap();
-    let diff_ids = parsed.rootfs().diff_ids();
+    let diff_ids = &parsed.diff_ids;
     let (original, _) = vector.0.config(&vector.1).await.unwrap();
     assert_eq!(config, original);
     assert_eq!(image.manifest.layers().len(), 3);
     for (layer, diff_id) in image.manifest.layers().iter().zip(diff_ids) {
         assert_eq!(layer.media_type().to_string(), media::DOCKER_LAYER);
-        assert_eq!(&layer.digest().to_string(), diff_id);
+        assert_eq!(layer.digest().to_string(), diff_id.to_string());
         let bytes = source.blob(layer).unwrap().read_verified(LIMIT).await.unwrap();
         assert_eq!(bytes.len() as u64, layer.size());
     }

@@ -87,10 +87,7 @@ async fn an_index_costs_two_requests_and_an_image_one() {
     let arm_image = source.image(&index.index.manifests()[0]).await.unwrap();
     assert_eq!(arm_image.manifest_digest, Digest::of(&arm));
     let (bytes, config) = source.config(&image).await.unwrap();
-    assert_eq!(
-        (bytes.as_ref(), config.architecture().to_string().as_str()),
-        (CONFIG, "amd64")
-    );
+    assert_eq!((bytes.as_ref(), config.architecture.as_str()), (CONFIG, "amd64"));
 
     let error = source.resolve(Some("linux/s390x")).await.unwrap_err().to_string();
     assert!(

@@ -4,17 +4,12 @@ use std::io::Write;
 
 use anyhow::{Context, bail};
 use bytes::Bytes;
-use oci_spec::image::Descriptor;
-use peel_image::media;
-use peel_registry::{ResolvedImage, ResolvedIndex, Source};
+use peel_registry::{ResolvedImage, ResolvedIndex, Source, is_statement};
 
 use crate::cli::{Global, PlatformArgs};
 use crate::commands::look::OpenImage;
 use peel_convert::Part;
 use peel_convert::plan::Plan;
-
-/// Annotation of entries that are not images but statements about them (BuildKit's attestation storage).
-const REFERENCE_TYPE: &str = "vnd.docker.reference.type";
 
 /// The images to convert.
 pub(in crate::commands) struct Selection {
@@ -82,7 +77,9 @@ async fn choose(source: &Source, args: &PlatformArgs) -> anyhow::Result<Chosen> 
         let image = source.resolve(wanted).await?;
         let host = match (wanted, &index) {
             // What the user names is this machine's if the choice for this machine is the same.
-            (Some(wanted), Some(index)) => index.choose(Some(wanted)) == index.choose(None),
+            (Some(wanted), Some(index)) => {
+                source.choose(index, Some(wanted)).await? == source.choose(index, None).await?
+            }
             _ => true,
         };
         return Ok(Chosen {
@@ -91,7 +88,7 @@ async fn choose(source: &Source, args: &PlatformArgs) -> anyhow::Result<Chosen> 
             index: None,
         });
     };
-    let positions = positions(index, args)?;
+    let positions = positions(source, index, args).await?;
     let mut images = Vec::new();
     for position in &positions {
         let entry = index
@@ -110,7 +107,7 @@ async fn choose(source: &Source, args: &PlatformArgs) -> anyhow::Result<Chosen> 
         })?;
         images.push((Some(*position), image));
     }
-    let host = index.choose(None);
+    let host = source.choose(index, None).await?;
     Ok(Chosen {
         images,
         host: positions.iter().position(|position| Some(*position) == host),
@@ -119,12 +116,16 @@ async fn choose(source: &Source, args: &PlatformArgs) -> anyhow::Result<Chosen> 
 }
 
 /// The entries of the index that are converted, in its order.
-fn positions(index: &ResolvedIndex, args: &PlatformArgs) -> anyhow::Result<Vec<usize>> {
+async fn positions(
+    source: &Source,
+    index: &ResolvedIndex,
+    args: &PlatformArgs,
+) -> anyhow::Result<Vec<usize>> {
     let manifests = index.index.manifests();
     if !args.all_platforms {
         let mut chosen = Vec::new();
         for platform in &args.platform {
-            let Some(position) = index.choose(Some(platform)) else {
+            let Some(position) = source.choose(index, Some(platform)).await? else {
                 bail!(
                     "no image for platform {platform} (os/architecture[/variant]); there is: {}",
                     index.platforms()
@@ -150,18 +151,6 @@ fn positions(index: &ResolvedIndex, args: &PlatformArgs) -> anyhow::Result<Vec<u
         bail!("the index has no image; there is: {}", index.platforms());
     }
     Ok(images)
-}
-
-/// Whether an entry is no image: a statement about one, or of no platform that can exist.
-fn is_statement(entry: &Descriptor) -> bool {
-    let says = entry
-        .annotations()
-        .as_ref()
-        .is_some_and(|all| all.contains_key(REFERENCE_TYPE));
-    let nowhere = entry.platform().as_ref().is_some_and(|platform| {
-        platform.os().to_string() == "unknown" && platform.architecture().to_string() == "unknown"
-    });
-    (says || nowhere) && !media::is_index(entry.media_type().as_ref())
 }
 
 fn platform_text(platform: &oci_spec::image::Platform) -> String {
