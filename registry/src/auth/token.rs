@@ -14,8 +14,10 @@ use tokio::sync::OnceCell;
 
 use super::credentials::Credential;
 
-/// Lifetime of a token that names none ("expires_in", Docker token specification: 60 seconds).
+/// Lifetime of a token that names none ("expires_in", Docker token specification: 60 seconds), or none that makes sense.
 const DEFAULT_LIFETIME: Duration = Duration::from_secs(60);
+/// Longest lifetime that is believed, in seconds. The registry says 401 when a token has ended before.
+const LONGEST_LIFETIME: u64 = 86_400;
 /// A token is renewed this long before it ends, so that it does not end on its way.
 const MARGIN: Duration = Duration::from_secs(5);
 /// Entries kept; a server that has seen more repositories drops them all and starts again.
@@ -186,7 +188,7 @@ fn secret(text: &str) -> Option<HeaderValue> {
 struct Answer {
     token: Option<String>,
     access_token: Option<String>,
-    expires_in: Option<u64>,
+    expires_in: Option<serde_json::Value>,
 }
 
 impl Token {
@@ -202,15 +204,25 @@ impl Token {
             .ok_or("the token server's answer has no token")?;
         let header = secret(&format!("Bearer {token}"))
             .ok_or("the token server's token has characters that no header may have")?;
-        // The specification's minimum of 60 seconds is not enforced: a server that says less means it.
-        let lifetime = answer.expires_in.map_or(DEFAULT_LIFETIME, |seconds| {
-            Duration::from_secs(seconds.min(86_400))
-        });
+        let lifetime = answer.expires_in.as_ref().and_then(lifetime);
+        let lifetime = lifetime.unwrap_or(DEFAULT_LIFETIME);
         Ok(Self {
             header,
             expires: asked + lifetime.saturating_sub(MARGIN).max(lifetime / 2),
         })
     }
+}
+
+/// A lifetime in seconds, at most [`LONGEST_LIFETIME`]. `None` for one that makes no sense, which is no reason to refuse the token; 0 is
+/// what Go writes for none. The specification's minimum of 60 seconds is not enforced: a server that says less means it.
+fn lifetime(value: &serde_json::Value) -> Option<Duration> {
+    let seconds = match value {
+        serde_json::Value::String(text) => text.trim().parse().ok()?,
+        value => value.as_f64()?,
+    };
+    let longest = Duration::from_secs(LONGEST_LIFETIME);
+    // Not a number is not greater than anything.
+    (seconds > 0.0).then(|| Duration::try_from_secs_f64(seconds).map_or(longest, |time| time.min(longest)))
 }
 
 #[cfg(test)]
@@ -270,6 +282,34 @@ mod tests {
                 295,
             ),
             (r#"{"token":"c","expires_in":2}"#, "Bearer c", 1),
+            (r#"{"token":"d","expires_in":-1}"#, "Bearer d", 55),
+            (r#"{"token":"e","expires_in":0}"#, "Bearer e", 55),
+            (
+                r#"{"token":"f","access_token":null,"expires_in":null,"issued_at":0}"#,
+                "Bearer f",
+                55,
+            ),
+            (
+                r#"{"token":null,"access_token":"g","issued_at":"yesterday"}"#,
+                "Bearer g",
+                55,
+            ),
+            (r#"{"token":"h","expires_in":1e300}"#, "Bearer h", 86_395),
+            (
+                r#"{"token":"i","expires_in":18446744073709551616}"#,
+                "Bearer i",
+                86_395,
+            ),
+            (
+                r#"{"token":"j","expires_in":-9223372036854775809}"#,
+                "Bearer j",
+                55,
+            ),
+            (r#"{"token":"k","expires_in":"300"}"#, "Bearer k", 295),
+            (r#"{"token":"l","expires_in":"NaN"}"#, "Bearer l", 55),
+            (r#"{"token":"m","expires_in":"soon"}"#, "Bearer m", 55),
+            (r#"{"token":"n","expires_in":[]}"#, "Bearer n", 55),
+            (r#"{"token":"o","expires_in":300.0}"#, "Bearer o", 295),
         ] {
             let token = Token::parse(body.as_bytes(), now).unwrap();
             assert_eq!(token.header, header);
@@ -293,7 +333,7 @@ mod tests {
         cache.forget(&HeaderValue::from_static("Bearer a"));
         let cell = cache.cell(&key());
         assert!(cell.get().is_none());
-        cell.set(Token::parse(br#"{"token":"a","expires_in":0}"#, now).unwrap())
+        cell.set(Token::parse(br#"{"token":"a","expires_in":1e-9}"#, now).unwrap())
             .unwrap();
         assert!(cache.cell(&key()).get().is_none());
     }
