@@ -106,6 +106,13 @@ impl Write for Nameless {
     }
 }
 
+/// Where a blob waits that gets no name: `TMPDIR`, or, like Podman, a place that is not memory.
+pub(crate) fn temporary_directory() -> PathBuf {
+    std::env::var_os("TMPDIR")
+        .filter(|dir| !dir.is_empty())
+        .map_or_else(|| PathBuf::from("/var/tmp"), PathBuf::from)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -24,7 +24,7 @@ use crate::transfer::redirect::Redirects;
 use answer::is_plain_peer;
 
 /// Hops from the registry to a blob's storage. Two are seen in practice.
-const MAX_REDIRECTS: usize = 5;
+pub(crate) const MAX_REDIRECTS: usize = 5;
 /// Largest error body and token answer, in bytes.
 const MAX_SMALL_BODY: u64 = 256 << 10;
 
@@ -109,11 +109,11 @@ impl Session {
         }
     }
 
-    /// Sends `call` until it succeeds (2xx) or is given up; redirects are not followed.
+    /// Sends `call` until it succeeds (2xx) or is given up; redirects that keep its method are followed.
     pub(crate) async fn expect(&self, call: &Call<'_>) -> Result<Response, Error> {
         let mut retry = self.retry();
         loop {
-            let fault = match self.attempt(call).await {
+            let fault = match self.follow(call, None).await.map(|(response, _)| response) {
                 Ok(response) if response.status().is_success() => return Ok(response),
                 Ok(response) => self.refused(call.what, response).await,
                 Err(fault) => fault,
@@ -157,20 +157,41 @@ impl Session {
                 ..call.clone()
             };
             let response = self.attempt(&hop).await?;
-            if !is_redirect(response.status()) {
+            let Some(next) = self.next_hop(call, &response)? else {
                 return Ok((response, target));
-            }
-            let next = self.location(call.what, &response).map_err(Fault::fatal)?;
-            if response.url().scheme() == "https" && next.scheme() != "https" {
-                let host = next.host_str().unwrap_or_default();
-                let reason = format!("redirect from https to {}://{host} refused", next.scheme());
-                return Err(Fault::fatal(self.protocol(call.what, reason)));
-            }
+            };
             self.drain(response).await;
             target = Some(next);
         }
+        Err(self.circles(call.what))
+    }
+
+    pub(crate) fn circles(&self, what: &str) -> Fault {
         let reason = format!("more than {MAX_REDIRECTS} redirects");
-        Err(Fault::fatal(self.protocol(call.what, reason)))
+        Fault::fatal(self.protocol(what, reason))
+    }
+
+    /// Where an answer sends the same request; `None` if it does not. Only 307 and 308 keep a method that is not GET or HEAD (RFC 9110,
+    /// section 15.4).
+    pub(crate) fn next_hop(&self, call: &Call<'_>, response: &Response) -> Result<Option<Url>, Fault> {
+        let reads = matches!(call.method, Method::GET | Method::HEAD);
+        let keeps = matches!(
+            response.status(),
+            StatusCode::TEMPORARY_REDIRECT | StatusCode::PERMANENT_REDIRECT
+        );
+        if !keeps && !(reads && is_redirect(response.status())) {
+            return Ok(None);
+        }
+        let mut next = self.location(call.what, response).map_err(Fault::fatal)?;
+        if !reads {
+            next = self.secured(call.what, next).map_err(Fault::fatal)?;
+        }
+        if response.url().scheme() == "https" && next.scheme() != "https" {
+            let host = next.host_str().unwrap_or_default();
+            let reason = format!("redirect from https to {}://{host} refused", next.scheme());
+            return Err(Fault::fatal(self.protocol(call.what, reason)));
+        }
+        Ok(Some(next))
     }
 
     /// The URL in `Location`, relative ones resolved.

@@ -13,13 +13,13 @@ use bytes::Bytes;
 use futures::{StreamExt, TryStreamExt};
 use peel_image::Digest;
 use reqwest::header::{
-    CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue, RANGE,
+    CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue, LOCATION, RANGE,
 };
 use reqwest::{Method, Response, StatusCode, Url};
 
 use super::{ByteSource, Upload};
 use crate::client::retry::Fault;
-use crate::client::session::{Call, Session, To, is_redirect};
+use crate::client::session::{Call, MAX_REDIRECTS, Session, To};
 use crate::error::Error;
 use crate::name::Reference;
 use crate::options::{ClientOptions, Counters};
@@ -75,14 +75,20 @@ impl Push {
         }
     }
 
-    /// Whether the repository has the blob. A redirect is a yes: the registry knows where it is.
+    /// Whether the repository has the blob. A redirect to somewhere that does not answer as a registry does is a yes: the registry knows
+    /// where the blob is, and storage that signs its URLs for GET refuses HEAD.
     pub(crate) async fn has(&self, digest: &Digest, size: u64) -> Result<bool, Error> {
         let what = format!("blob {digest}");
         let path = self.session.path("blobs", &digest.to_string());
         let call = Self::call(Method::HEAD, To::Path(&path), &what);
         let mut retry = self.session.retry();
         loop {
-            let fault = match self.session.attempt(&call).await {
+            let followed = self.session.follow(&call, None).await;
+            let elsewhere = followed.as_ref().is_ok_and(|(response, target)| {
+                target.is_some() && !matches!(response.status().as_u16(), 200 | 401 | 404)
+            });
+            let fault = match followed.map(|(response, _)| response) {
+                Ok(_) if elsewhere => return Ok(true),
                 Ok(response) if response.status() == StatusCode::OK => {
                     let length = number(response.headers(), &CONTENT_LENGTH);
                     return match length {
@@ -95,7 +101,6 @@ impl Push {
                         _ => Ok(true),
                     };
                 }
-                Ok(response) if is_redirect(response.status()) => return Ok(true),
                 Ok(response) if response.status() == StatusCode::NOT_FOUND => return Ok(false),
                 Ok(response) => self.session.refused(&what, response).await,
                 Err(fault) => fault,
@@ -211,23 +216,22 @@ impl Push {
         let mut known = 0;
         loop {
             let rest = size - uploading.offset;
-            let bytes = upload.read(uploading.offset, size).await?;
-            let bytes = bytes.ok_or_else(|| self.session.protocol(&uploading.what, "its bytes are gone"))?;
-            let (bytes, lost) = remember_error(bytes);
+            let body = Body::Upload {
+                upload,
+                offset: uploading.offset,
+                size,
+            };
             let result = if uploading.offset == 0 {
-                self.finish(&uploading, digest, size, bytes, rest).await
+                self.finish(&uploading, digest, size, &body, rest).await
             } else {
-                match self.patch(&mut uploading, bytes, rest).await {
-                    Ok(()) => self.finish(&uploading, digest, size, nothing(), 0).await,
+                match self.patch(&mut uploading, &body, rest).await {
+                    Ok(()) => self.finish(&uploading, digest, size, &Body::Nothing, 0).await,
                     Err(fault) => Err(fault),
                 }
             };
             let Err(fault) = result else {
                 return Ok(());
             };
-            if let Some(error) = lost.lock().unwrap_or_else(PoisonError::into_inner).take() {
-                return Err(error);
-            }
             self.session.wait(&mut retry, fault).await?;
             self.look(&mut uploading, size).await?;
             if uploading.offset > known {
@@ -255,7 +259,12 @@ impl Push {
         let call = Self::call(Method::GET, To::Url(&uploading.location), &uploading.what);
         let mut retry = self.session.retry();
         loop {
-            let fault = match self.session.attempt(&call).await {
+            let fault = match self
+                .session
+                .follow(&call, None)
+                .await
+                .map(|(response, _)| response)
+            {
                 Ok(response) if response.status().is_success() => {
                     let location = match self.location(&uploading.what, &response) {
                         Ok(location) => location,
@@ -275,7 +284,7 @@ impl Push {
     }
 
     /// Sends the next `length` bytes.
-    async fn patch(&self, uploading: &mut Uploading, bytes: ByteSource, length: u64) -> Result<(), Fault> {
+    async fn patch(&self, uploading: &mut Uploading, body: &Body<'_>, length: u64) -> Result<(), Fault> {
         if length == 0 {
             return Ok(());
         }
@@ -285,8 +294,11 @@ impl Push {
         if let Ok(range) = HeaderValue::from_str(&range) {
             call.headers.insert(CONTENT_RANGE, range);
         }
-        let response = self.transfer(call, &location, bytes, length, length).await?;
-        uploading.location = self.location(&uploading.what, &response).map_err(Fault::fatal)?;
+        let response = self.transfer(call, &location, body, length, length).await?;
+        // Registries that leave the header out go on at the same URL.
+        if response.headers().contains_key(LOCATION) {
+            uploading.location = self.location(&uploading.what, &response).map_err(Fault::fatal)?;
+        }
         uploading.offset += length;
         self.session.drain(response).await;
         Ok(())
@@ -298,13 +310,13 @@ impl Push {
         uploading: &Uploading,
         digest: Digest,
         size: u64,
-        bytes: ByteSource,
+        body: &Body<'_>,
         length: u64,
     ) -> Result<(), Fault> {
         let mut url = uploading.location.clone();
         url.query_pairs_mut().append_pair("digest", &digest.to_string());
         let call = Self::call(Method::PUT, To::Url(&url), &uploading.what);
-        let response = self.transfer(call, &url, bytes, length, size).await?;
+        let response = self.transfer(call, &url, body, length, size).await?;
         self.session.drain(response).await;
         Ok(())
     }
@@ -313,25 +325,53 @@ impl Push {
     async fn cancel(&self, uploading: &Uploading) {
         let mut call = Self::call(Method::DELETE, To::Url(&uploading.location), &uploading.what);
         call.headers.insert(CONTENT_LENGTH, HeaderValue::from_static("0"));
-        match self.session.attempt(&call).await {
-            Ok(response) => self.session.drain(response).await,
+        match self.session.follow(&call, None).await {
+            Ok((response, _)) => self.session.drain(response).await,
             Err(fault) => tracing::debug!(error = %fault.error, "upload not cancelled"),
         }
     }
 
-    /// Sends a body of `length` bytes; the registry may work on `size` bytes before it answers. An answer that is no success is a
-    /// fault.
+    /// Sends a body of `length` bytes, again where the registry redirects it; the registry may work on `size` bytes before it answers. An
+    /// answer that is no success is a fault.
     async fn transfer(
         &self,
         mut call: Call<'_>,
         url: &Url,
-        bytes: ByteSource,
+        body: &Body<'_>,
         length: u64,
         size: u64,
     ) -> Result<Response, Fault> {
         call.headers.insert(CONTENT_LENGTH, HeaderValue::from(length));
         let octets = HeaderValue::from_static("application/octet-stream");
         call.headers.insert(CONTENT_TYPE, octets);
+        let mut target = url.clone();
+        for _ in 0..=MAX_REDIRECTS {
+            let response = self.transfer_to(&call, &target, body, length, size).await?;
+            if response.status().is_success() {
+                return Ok(response);
+            }
+            match self.session.next_hop(&call, &response)? {
+                Some(next) => target = next,
+                None => return Err(self.session.refused(call.what, response).await),
+            }
+            self.session.drain(response).await;
+        }
+        Err(self.session.circles(call.what))
+    }
+
+    /// Sends a body once.
+    async fn transfer_to(
+        &self,
+        call: &Call<'_>,
+        url: &Url,
+        body: &Body<'_>,
+        length: u64,
+        size: u64,
+    ) -> Result<Response, Fault> {
+        let bytes = body.open().await.map_err(Fault::fatal)?;
+        let bytes =
+            bytes.ok_or_else(|| Fault::fatal(self.session.protocol(call.what, "its bytes are gone")))?;
+        let (bytes, lost) = remember_error(bytes);
         let patience = self.session.client.options.attempt_timeout;
         let progress = Arc::new(Mutex::new(Progress {
             last: Instant::now(),
@@ -351,11 +391,11 @@ impl Push {
         };
         let finishing = patience + Duration::from_secs(size / FINISH_RATE);
         let stalled = Progress::stalled(&progress, patience, finishing);
-        let response = self.session.send_stream(&call, url, body, stalled).await?;
-        if response.status().is_success() {
-            Ok(response)
-        } else {
-            Err(self.session.refused(call.what, response).await)
+        let sent = self.session.send_stream(call, url, body, stalled).await;
+        let lost = lost.lock().unwrap_or_else(PoisonError::into_inner).take();
+        match (sent, lost) {
+            (Err(_), Some(error)) => Err(Fault::fatal(error)),
+            (sent, _) => sent,
         }
     }
 
@@ -423,8 +463,29 @@ impl Progress {
     }
 }
 
-fn nothing() -> ByteSource {
-    futures::stream::empty().boxed()
+/// Bytes to send, as often as it takes.
+#[derive(Debug)]
+enum Body<'a> {
+    Nothing,
+    /// Memory.
+    Parts(Vec<Bytes>),
+    /// What is left of something that can be read again.
+    Upload {
+        upload: &'a Upload,
+        offset: u64,
+        size: u64,
+    },
+}
+
+impl Body<'_> {
+    /// The bytes from the first one; `None` if they cannot be had again.
+    async fn open(&self) -> Result<Option<ByteSource>, Error> {
+        match self {
+            Self::Nothing => Ok(Some(futures::stream::empty().boxed())),
+            Self::Parts(parts) => Ok(Some(futures::stream::iter(parts.clone()).map(Ok).boxed())),
+            Self::Upload { upload, offset, size } => upload.read(*offset, *size).await,
+        }
+    }
 }
 
 /// Cuts `bytes` into pieces that show progress on a slow link.

@@ -10,17 +10,15 @@
 //! A blob of no more than one piece goes up in one PUT at its end, and not at all if the registry has it.
 
 use std::io::{BufWriter, Write};
-use std::path::PathBuf;
 use std::sync::Arc;
 
 use bytes::{Bytes, BytesMut};
-use futures::StreamExt;
 use peel_image::Digest;
 use reqwest::Url;
 
-use super::{Push, Upload, Uploading, nothing};
+use super::{Body, Push, Upload, Uploading};
 use crate::error::Error;
-use crate::nameless::Nameless;
+use crate::nameless::{Nameless, temporary_directory};
 use crate::source::blocking;
 
 /// Bytes of a piece: some round trips of a fast link, and little memory.
@@ -240,8 +238,8 @@ impl Push {
             if sent == length {
                 return Ok(());
             }
-            let bytes = futures::stream::iter(after(parts, sent)).map(Ok).boxed();
-            let Err(fault) = self.patch(uploading, bytes, length - sent).await else {
+            let body = Body::Parts(after(parts, sent));
+            let Err(fault) = self.patch(uploading, &body, length - sent).await else {
                 return Ok(());
             };
             let said = fault.error.to_string();
@@ -272,7 +270,7 @@ impl Push {
     async fn close(&self, uploading: &Uploading, digest: Digest, size: u64) -> Result<(), Error> {
         let mut retry = self.session.retry();
         loop {
-            let Err(fault) = self.finish(uploading, digest, size, nothing(), 0).await else {
+            let Err(fault) = self.finish(uploading, digest, size, &Body::Nothing, 0).await else {
                 return Ok(());
             };
             let unknown = is_status(&fault.error, &[404, 416]);
@@ -324,13 +322,6 @@ fn is_status(error: &Error, wanted: &[u16]) -> bool {
 
 fn takes_no_pieces(error: &Error) -> bool {
     is_status(error, &TAKES_NO_PIECES)
-}
-
-/// Where a blob waits for a registry that takes it only whole: `TMPDIR`, or, like Podman, a place that is not memory.
-fn temporary_directory() -> PathBuf {
-    std::env::var_os("TMPDIR")
-        .filter(|dir| !dir.is_empty())
-        .map_or_else(|| PathBuf::from("/var/tmp"), PathBuf::from)
 }
 
 fn spool_failed(error: std::io::Error) -> Error {
