@@ -8,6 +8,7 @@
 //! plain text on a TLS port), https is tried, and whatever answered is remembered. So a plain registry on loopback costs no extra
 //! round trip, and one with TLS costs one.
 
+pub(crate) mod pause;
 pub(crate) mod retry;
 pub(crate) mod session;
 
@@ -26,6 +27,7 @@ use crate::auth::credentials::{self, Credential};
 use crate::auth::token::TokenCache;
 use crate::error::Error;
 use crate::options::ClientOptions;
+use pause::Pauses;
 
 /// Idle connections kept per host: as many as range requests run at once.
 const IDLE_CONNECTIONS: usize = 32;
@@ -42,6 +44,7 @@ const MAX_CLIENTS: usize = 16;
 pub(crate) struct Client {
     pub(crate) options: ClientOptions,
     pub(crate) tokens: TokenCache,
+    pub(crate) pauses: Pauses,
     http: [OnceLock<reqwest::Client>; 4],
     hosts: Mutex<HashMap<String, Arc<Host>>>,
     credentials: Mutex<HashMap<String, Arc<OnceCell<Option<Credential>>>>>,
@@ -64,6 +67,7 @@ impl Client {
         let client = Arc::new(Self {
             options: options.clone(),
             tokens: TokenCache::default(),
+            pauses: Pauses::default(),
             http: Default::default(),
             hosts: Mutex::default(),
             credentials: Mutex::default(),

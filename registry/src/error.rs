@@ -6,6 +6,7 @@
 use std::fmt;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::{Instant, SystemTime};
 
 use peel_image::Digest;
 
@@ -75,6 +76,8 @@ pub enum Error {
         detail: String,
         /// What to do, beginning with "; ", or empty.
         hint: String,
+        /// End of the pause that the host wants.
+        retry_at: Option<Instant>,
     },
     /// The registry's answer breaks the protocol.
     #[error("{place}: {what}: {reason}")]
@@ -131,6 +134,31 @@ pub enum Error {
         /// Size found in bytes.
         actual: u64,
     },
+    /// A registry that sends the whole blob when it is asked for a part of it, to a reader who wants no more.
+    #[error("{place}: {what}: the registry ignores range requests; a proxy may be in the way")]
+    NoRanges {
+        /// Where.
+        place: Arc<Place>,
+        /// Which blob.
+        what: String,
+    },
+    /// A host that has asked for a pause: nothing is sent to it until that is over.
+    #[error(
+        "{place}: {what}: {host} answered HTTP {status} and wants a pause until {}: nothing is sent to it before; log in or wait",
+        date(*until)
+    )]
+    Paused {
+        /// Where.
+        place: Arc<Place>,
+        /// What was wanted.
+        what: String,
+        /// Host and port that wants the pause: the registry, its storage or its token server.
+        host: String,
+        /// HTTP status of the answer that asked for it.
+        status: u16,
+        /// When it is over.
+        until: Instant,
+    },
     /// Content larger than its reader allows.
     #[error("{place}: {what}: larger than the limit of {limit} bytes")]
     TooLarge {
@@ -179,9 +207,9 @@ pub enum Error {
         /// The platforms in the index, joined by commas.
         available: String,
     },
-    /// A layer whose bytes are kept outside the registry.
+    /// A layer whose bytes are kept outside the place of its image.
     #[error(
-        "{place}: layer {digest} is foreign ({media_type}): its bytes lie outside the registry, which is not supported; \
+        "{place}: layer {digest} is foreign ({media_type}) and not there: bytes that lie elsewhere are not supported; \
          push the image again with its non-distributable layers included"
     )]
     Foreign {
@@ -222,9 +250,19 @@ impl Error {
     /// Whether trying the same again later may help: the network or the registry failed, not the request.
     pub fn is_transient(&self) -> bool {
         match self {
-            Self::Network { .. } => true,
+            Self::Network { .. } | Self::Paused { .. } => true,
             Self::Status { status, .. } => matches!(status, 408 | 429 | 500 | 502 | 503 | 504),
             _ => false,
+        }
+    }
+
+    /// Until when the same is refused without a request, because the host has asked for a pause; `None` if it may be tried again at
+    /// once, or need not be.
+    pub fn retry_at(&self) -> Option<Instant> {
+        match self {
+            Self::Paused { until, .. } => Some(*until),
+            Self::Status { retry_at, .. } => *retry_at,
+            _ => None,
         }
     }
 
@@ -252,4 +290,10 @@ impl Error {
             reason: reason.into(),
         }
     }
+}
+
+/// The time of day of an instant that lies ahead.
+fn date(instant: Instant) -> String {
+    let ahead = instant.saturating_duration_since(Instant::now());
+    httpdate::fmt_http_date(SystemTime::now() + ahead)
 }

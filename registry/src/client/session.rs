@@ -15,7 +15,7 @@ use reqwest::header::{AUTHORIZATION, HeaderMap, HeaderValue, LOCATION};
 use reqwest::{Method, Response, StatusCode, Url};
 
 use super::retry::{Again, Fault, Retry};
-use super::{Client, Host, Scheme, tls_error};
+use super::{Client, Host, Scheme, pause, tls_error};
 use crate::auth::Challenge;
 use crate::error::{Error, Place};
 use crate::name::Reference;
@@ -338,6 +338,7 @@ impl Session {
         call: &Call<'_>,
         authorization: Option<&HeaderValue>,
     ) -> Result<Response, Fault> {
+        self.unpaused(&url, call.what)?;
         let mut request = self
             .client
             .http(&url)
@@ -360,6 +361,9 @@ impl Session {
         match tokio::time::timeout(patience, request.send()).await {
             Ok(Ok(response)) => {
                 self.host.set_answered();
+                if response.status() != StatusCode::TOO_MANY_REQUESTS {
+                    self.client.pauses.answered(&pause::host(response.url()));
+                }
                 Ok(response)
             }
             Ok(Err(error)) => Err(self.broken(what, error)),
@@ -375,6 +379,7 @@ impl Session {
         body: reqwest::Body,
         stalled: impl Future<Output = ()>,
     ) -> Result<Response, Fault> {
+        self.unpaused(url, call.what)?;
         let authorization = match self.is_home(url) {
             true => self.authorization(call).await?,
             false => None,

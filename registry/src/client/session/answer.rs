@@ -5,11 +5,11 @@ use std::time::Instant;
 
 use bytes::{Bytes, BytesMut};
 use reqwest::header::RETRY_AFTER;
-use reqwest::{Response, StatusCode};
+use reqwest::{Response, StatusCode, Url};
 
 use super::{Call, MAX_SMALL_BODY, Session};
 use crate::client::retry::{Again, Fault, Pace, retry_after};
-use crate::client::{explain, tls_error};
+use crate::client::{explain, pause, tls_error};
 use crate::error::Error;
 
 /// Times of silence that a whole body in memory may take: a minute by default, in which the largest manifest comes at 70 KB/s.
@@ -22,6 +22,25 @@ impl Session {
             408 | 429 | 500 | 502 | 503 | 504 => Err(self.refused(call.what, response).await),
             _ => Ok(response),
         }
+    }
+
+    /// Nothing is sent to a host that wants a pause.
+    pub(super) fn unpaused(&self, url: &Url, what: &str) -> Result<(), Fault> {
+        let host = pause::host(url);
+        let Some(pause) = self.client.pauses.running(&host) else {
+            return Ok(());
+        };
+        let error = Error::Paused {
+            place: Arc::clone(&self.place),
+            what: what.to_owned(),
+            host,
+            status: pause.status,
+            until: pause.until,
+        };
+        Err(Fault {
+            error: Box::new(error),
+            again: Again::After(Some(pause.until.saturating_duration_since(Instant::now()))),
+        })
     }
 
     /// A final 401. The credentials are read again next time: the user may log in meanwhile.
@@ -40,6 +59,17 @@ impl Session {
             .get(RETRY_AFTER)
             .and_then(|value| value.to_str().ok());
         let wait = wait.and_then(retry_after);
+        let until = match status.as_u16() {
+            429 => true,
+            408 | 502 | 503 | 504 => wait.is_some_and(|wait| !wait.is_zero()),
+            _ => false,
+        }
+        .then(|| {
+            self.client
+                .pauses
+                .begin(&pause::host(response.url()), status.as_u16(), wait)
+                .until
+        });
         let body = self
             .body(what, response, MAX_SMALL_BODY)
             .await
@@ -72,7 +102,10 @@ impl Session {
             status: status.as_u16(),
             detail: detail(status, &body),
             hint,
+            retry_at: until,
         };
+        // A pause that the host did not name is waited for, too.
+        let wait = wait.or_else(|| Some(until?.saturating_duration_since(Instant::now())));
         let again = match status.as_u16() {
             408 | 429 | 502 | 503 | 504 => Again::After(wait),
             500 => Again::Brief,

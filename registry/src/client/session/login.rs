@@ -61,6 +61,7 @@ impl Session {
                 )));
             }
             let what = format!("token from {server}");
+            self.unpaused(&request.url, &what)?;
             let http = self.client.http(&request.url).map_err(Fault::fatal)?;
             let response = self.send_request(request.build(http), &what).await?;
             match response.status() {
