@@ -124,10 +124,9 @@ impl Shared<'_> {
     pub(super) async fn layer(&self, job: &Job) -> anyhow::Result<Done> {
         let blob = self.source.blob(&job.descriptor)?;
         let media_type = job.descriptor.media_type().to_string();
-        let Some(encoding) = media::layer_encoding(&media_type) else {
-            bail!("its media type {media_type} is not that of a layer; such images cannot be converted");
-        };
-        if self.settings.reuse
+        // Another media type tells nothing: the layer is read as a mount reads it, by its first bytes.
+        if let Some(encoding) = media::layer_encoding(&media_type)
+            && self.settings.reuse
             && job.first.is_empty()
             && let Some(annotations) = self.already(&blob, job).await?
         {

@@ -393,7 +393,7 @@ fn begin_prefetch(job: &Job, order: Option<&str>, found: &[Found]) -> Option<Ear
         return None;
     }
     let segments = order::plan(order, &ends, &vec![0; ends.len()]);
-    let blobs = found.iter().map(|found| found.blob().clone()).collect();
+    let blobs = found.iter().map(|found| found.blob().only_ranges()).collect();
     Some(Early::start(&job.shared.engine, blobs, segments))
 }
 

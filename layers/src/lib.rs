@@ -90,7 +90,7 @@ pub async fn examine(
     if format == Format::Unknown {
         return Ok(plain(format, NotLazy::MediaType(media_type)));
     }
-    let TocBytes { located, bytes } = match fetch_toc(blob, &candidate, beside).await? {
+    let TocBytes { located, bytes } = match fetch_toc(&blob.only_ranges(), &candidate, beside).await? {
         Ok(fetched) => fetched,
         Err(reason) => return Ok(plain(format, reason)),
     };

@@ -1,5 +1,5 @@
 //! Files that get their name when they are whole: a process that is killed before leaves nothing behind. Blobs of layouts are
-//! written so, and what waits for a registry that takes no pieces, which never gets a name.
+//! written so, and what never gets a name: what waits for a registry that takes no pieces, or comes from one that knows no ranges.
 //!
 //! `O_TMPFILE` and `linkat(2)` where the file system and `/proc` allow it; elsewhere a named temporary file, which goes away when it is
 //! dropped but stays when the process is killed.
@@ -43,6 +43,11 @@ impl Nameless {
     /// Waits until the disk has it.
     pub(crate) fn sync(&self) -> io::Result<()> {
         self.file().sync_all()
+    }
+
+    /// The file once more, which stays when this value and with it the name are gone.
+    pub(crate) fn open(&self) -> io::Result<File> {
+        self.file().try_clone()
     }
 
     fn file(&self) -> &File {

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use oci_spec::image::Descriptor;
 use peel_image::{Digest, media};
-use reqwest::header::{ACCEPT, CONTENT_TYPE, HeaderValue};
+use reqwest::header::{ACCEPT, CONTENT_ENCODING, CONTENT_TYPE, HeaderValue};
 use tokio::sync::OnceCell;
 
 use crate::archive::docker::DockerArchive;
@@ -21,6 +21,7 @@ use crate::layout::Layout;
 use crate::name::ImageName;
 use crate::options::{ClientOptions, Counters};
 use crate::transfer::file::Stretch;
+use crate::transfer::http::is_coding;
 use blob::Blob;
 use resolve::Document;
 
@@ -99,8 +100,8 @@ impl Source {
         })
     }
 
-    /// The blob that a descriptor names. No request is made yet. An error for foreign layers, whose bytes are not in the registry,
-    /// and for digests that are not sha256. The `urls` of a descriptor are never followed.
+    /// The blob that a descriptor names. No request is made yet. An error for digests that are not sha256. The `urls` of a descriptor
+    /// are never followed: a foreign layer is read if its bytes are here, and else an error when it is read.
     pub fn blob(&self, descriptor: &Descriptor) -> Result<Blob, Error> {
         Blob::new(&self.inner, descriptor)
     }
@@ -225,15 +226,23 @@ impl Inner {
         let (headers, bytes) = session.fetch(&call, MAX_MANIFEST).await?;
         let header = |name: &str| headers.get(name).and_then(|value| value.to_str().ok());
         let actual = Digest::of(&bytes);
+        let encoding = header(CONTENT_ENCODING.as_str()).filter(|encoding| is_coding(encoding));
         // Registries with sha512 manifests write another algorithm there; only ours can be compared.
         let told = header(CONTENT_DIGEST).and_then(|text| text.parse::<Digest>().ok());
         if let Some(expected) = expected.or(told)
             && expected != actual
         {
+            if let Some(encoding) = encoding {
+                return Err(session.protocol(&what, encoded(encoding)));
+            }
             return Err(session.mismatch(&what, expected, actual));
         }
         let media_type = header(CONTENT_TYPE.as_str()).map(bare_media_type);
-        Document::parse(&self.place, name, media_type, bytes)
+        let is_text = serde_json::from_slice::<serde::de::IgnoredAny>(&bytes).is_ok();
+        match encoding {
+            Some(encoding) if !is_text => Err(session.protocol(&what, encoded(encoding))),
+            _ => Document::parse(&self.place, name, media_type, bytes),
+        }
     }
 
     /// A document that somebody else keeps the bytes of.
@@ -244,6 +253,11 @@ impl Inner {
             reason: reason.into(),
         }
     }
+}
+
+/// What is wrong with a document that came in a coding.
+fn encoded(encoding: &str) -> String {
+    format!("the body is encoded as {encoding:.100?}, which was not asked for; a proxy may be in the way")
 }
 
 /// A media type without its parameters.

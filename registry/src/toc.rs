@@ -102,7 +102,7 @@ pub async fn fetch_toc(
 }
 
 /// Fetches the compressed TOC of the layer `blob` if there is `room` for it. The outer error means that the layer's blob cannot be reached at all; the inner one
-/// that the layer has no TOC. A TOC image that gives nothing is no error: its reason stands in [`TocBytes::bytes`].
+/// that the layer has no TOC, or that its registry sends no parts of it to a blob that wants [`Blob::only_ranges`]. A TOC image that gives nothing is no error: its reason stands in [`TocBytes::bytes`].
 pub async fn fetch_toc_into(
     room: &dyn Room,
     blob: &Blob,
@@ -116,7 +116,11 @@ pub async fn fetch_toc_into(
     if let Err(reason) = reserve(room, counted) {
         return Ok(Err(reason));
     }
-    let bytes = blob.read(first.clone()).await?;
+    let bytes = match blob.read(first.clone()).await {
+        Ok(bytes) => bytes,
+        Err(Error::NoRanges { .. }) => return Ok(Err(NotLazy::NoRanges)),
+        Err(error) => return Err(error),
+    };
     let located = match candidate.locate(&bytes) {
         Ok(located) => located,
         Err(reason) => return Ok(Err(reason)),
@@ -155,7 +159,11 @@ pub async fn fetch_toc_into(
             here
         }
     } else {
-        let mut whole = blob.read(toc.start..first.start.min(toc.end)).await?.to_vec();
+        let mut whole = match blob.read(toc.start..first.start.min(toc.end)).await {
+            Ok(bytes) => bytes.to_vec(),
+            Err(Error::NoRanges { .. }) => return Ok(Err(NotLazy::NoRanges)),
+            Err(error) => return Err(error),
+        };
         whole.extend_from_slice(&here);
         whole.into()
     };

@@ -1,10 +1,12 @@
 //! Bytes of blobs on their way to a reader, from wherever they are.
 //!
-//! [`ByteStream`] is what a reader sees; [`http`] reads from registries and resumes, [`file`] from local files and archives.
+//! [`ByteStream`] is what a reader sees; [`http`] reads from registries and resumes, [`spool`] keeps blobs of registries
+//! that know no ranges, [`file`] from local files and archives.
 
 pub(crate) mod file;
 pub(crate) mod http;
 pub(crate) mod redirect;
+pub(crate) mod spool;
 
 use bytes::{Bytes, BytesMut};
 use futures::Stream;
@@ -26,6 +28,7 @@ enum Inner {
     Memory(Option<Bytes>),
     File(file::FileStream),
     Http(Box<http::HttpStream>),
+    Spool(spool::SpoolStream),
 }
 
 /// What the whole stream must hash to.
@@ -47,6 +50,10 @@ impl ByteStream {
 
     pub(crate) fn http(stream: http::HttpStream) -> Self {
         Self::new(Inner::Http(Box::new(stream)))
+    }
+
+    pub(crate) fn spool(stream: spool::SpoolStream) -> Self {
+        Self::new(Inner::Spool(stream))
     }
 
     fn new(inner: Inner) -> Self {
@@ -76,6 +83,7 @@ impl ByteStream {
             Inner::Memory(bytes) => Ok(bytes.take()),
             Inner::File(stream) => stream.next().await,
             Inner::Http(stream) => stream.next().await,
+            Inner::Spool(stream) => stream.next().await,
         };
         let result = match next {
             Ok(Some(bytes)) => {

@@ -238,6 +238,11 @@ impl Engine {
         let mut offset = part.start;
         let mut body = match early.blob.stream(part).await {
             Ok(body) => body,
+            // Then the layer is pulled whole.
+            Err(error @ peel_registry::Error::NoRanges { .. }) => {
+                tracing::debug!(layer = %early.blob.digest(), %error, "no prefetch");
+                return early.fail();
+            }
             Err(error) => {
                 tracing::warn!(layer = %early.blob.digest(), %error, "cannot begin the prefetch");
                 return early.fail();

@@ -231,7 +231,7 @@ impl LayerLoader {
             &self.job.shared.engine,
             &self.memory,
             &self.job.image,
-            &blob,
+            &blob.only_ranges(),
             candidate,
             &self.beside,
             || drop(brake),

@@ -64,8 +64,9 @@ pub(super) fn run(global: &Global, args: &InspectArgs) -> anyhow::Result<()> {
         .map(|descriptor| {
             let (source, beside) = (open.source.clone(), beside.clone());
             open.runtime.spawn(async move {
-                let examined = match source.blob(&descriptor) {
-                    Ok(blob) => Ok(peel_layers::examine(&blob, &descriptor, &beside).await?),
+                let blob = source.blob(&descriptor)?;
+                let examined = match peel_layers::examine(&blob, &descriptor, &beside).await {
+                    Ok(examined) => Ok(examined),
                     // The other layers are worth a look all the same.
                     Err(error @ peel_registry::Error::Foreign { .. }) => Err(error.to_string()),
                     Err(error) => return Err(error),

@@ -21,6 +21,7 @@ use crate::error::{Error, Place};
 use crate::name::Reference;
 use crate::options::{ClientOptions, Counters};
 use crate::transfer::redirect::Redirects;
+use crate::transfer::spool::Spools;
 use answer::is_plain_peer;
 
 /// Hops from the registry to a blob's storage. Two are seen in practice.
@@ -37,6 +38,7 @@ pub(crate) struct Session {
     host: Arc<Host>,
     learnt: Mutex<Vec<String>>,
     pub(crate) redirects: Redirects,
+    pub(crate) spools: Spools,
 }
 
 /// Where a request goes.
@@ -87,6 +89,7 @@ impl Session {
             counters: Arc::default(),
             learnt: Mutex::default(),
             redirects: Default::default(),
+            spools: Default::default(),
         }
     }
 

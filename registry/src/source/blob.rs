@@ -20,25 +20,33 @@ pub struct Blob {
     size: u64,
     /// The bytes, if the descriptor brought them along (image specification, "Embedded Content").
     data: Option<Bytes>,
+    /// The media type of a layer that the place need not have.
+    foreign: Option<Arc<str>>,
+    /// The bytes must come as ranges, or not at all.
+    only_ranges: bool,
 }
 
 impl Blob {
     pub(crate) fn new(source: &Arc<Inner>, descriptor: &Descriptor) -> Result<Self, Error> {
         let media_type = descriptor.media_type();
-        if is_foreign(media_type) {
-            return Err(Error::Foreign {
-                place: source.place().to_owned(),
-                digest: descriptor.digest().to_string(),
-                media_type: media_type.to_string(),
-            });
-        }
         let digest = source.digest(descriptor)?;
         Ok(Self {
             source: Arc::clone(source),
             digest,
             size: descriptor.size(),
             data: embedded(descriptor, digest),
+            foreign: is_foreign(media_type).then(|| media_type.as_ref().into()),
+            only_ranges: false,
         })
+    }
+
+    /// The same blob for readers who can do without ranges: [`Error::NoRanges`] where the registry sends the whole blob when it is
+    /// asked for a part. Such an answer is kept for a short time for whoever then reads the whole.
+    pub fn only_ranges(&self) -> Self {
+        Self {
+            only_ranges: true,
+            ..self.clone()
+        }
     }
 
     /// Digest by the descriptor.
@@ -63,7 +71,8 @@ impl Blob {
     }
 
     /// The bytes of `range` of the blob, once the first answer is there. Not verified: a range cannot be. An empty range makes no
-    /// request; one that ends behind the blob is an error.
+    /// request; one that ends behind the blob is an error. Where the registry sends the whole blob when it is asked for a part, the blob
+    /// is fetched once into a temporary file and its parts come from there.
     pub async fn stream(&self, range: Range<u64>) -> Result<ByteStream, Error> {
         if range.start > range.end || range.end > self.size {
             return Err(Error::Range {
@@ -90,10 +99,12 @@ impl Blob {
                 digest: self.digest,
                 size: self.size,
             };
-            return Ok(ByteStream::http(remote.stream(range).await?));
+            let stream = remote.stream(range, self.only_ranges).await;
+            return stream.map_err(|error| self.outside(error));
         }
         let (source, digest) = (Arc::clone(&self.source), self.digest);
-        let stretch = blocking(move || source.stretch(&digest)).await?;
+        let stretch = blocking(move || source.stretch(&digest)).await;
+        let stretch = stretch.map_err(|error| self.outside(error))?;
         if stretch.size != self.size {
             return Err(Error::SizeMismatch {
                 place: self.source.place().to_owned(),
@@ -104,6 +115,20 @@ impl Blob {
         }
         let counters = Arc::clone(self.source.counters());
         Ok(ByteStream::file(stretch.stream(range, counters).await?))
+    }
+
+    /// What an error means for a layer whose bytes may lie elsewhere. Its `urls` are never followed.
+    fn outside(&self, error: Error) -> Error {
+        match &self.foreign {
+            Some(media_type) if error.is_not_found() || matches!(error, Error::Layout { .. }) => {
+                Error::Foreign {
+                    place: self.source.place().to_owned(),
+                    digest: self.digest.to_string(),
+                    media_type: media_type.to_string(),
+                }
+            }
+            _ => error,
+        }
     }
 
     /// The whole blob; its end is an error if the bytes do not hash to the blob's digest. What came before that end must

@@ -1,8 +1,9 @@
 //! Ranges of blobs from a registry: one request, and as many more as connections break.
 //!
 //! What a registry may do wrong is told apart: a body that ends early, falls silent or only drips is fetched on from where it
-//! stopped; one that ignores the range is skipped through if that is short; one that claims another range, another size, or
-//! that does not end is an error.
+//! stopped; one that ignores the range goes into a file ([`super::spool`]), or is an error for readers who can do without; one that
+//! claims another range, another size, or that does not end is an error. What a header says of the body's encoding decides nothing: several
+//! storages send one that means nothing. It explains a body that is not the blob.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -16,9 +17,8 @@ use reqwest::{Response, StatusCode, Url};
 use crate::client::retry::{Fault, Pace, Retry};
 use crate::client::session::{Call, Session};
 use crate::error::Error;
-
-/// How far we read through a blob whose registry ignores ranges before the wanted bytes come: about what a request costs.
-const MAX_SKIP: u64 = 2 << 20;
+use crate::transfer::ByteStream;
+use crate::transfer::spool::{SpoolStream, Spools};
 
 /// How long the end of a body is waited for after its last byte.
 const END_OF_BODY: Duration = Duration::from_millis(100);
@@ -36,8 +36,15 @@ pub(crate) struct RemoteBlob {
 pub(crate) struct HttpStream {
     blob: RemoteBlob,
     what: String,
+    start: u64,
     next: u64,
     end: u64,
+    /// An answer that ignores the range is an error.
+    only_ranges: bool,
+    /// Where the rest comes from, if the registry ignores ranges.
+    spool: Option<SpoolStream>,
+    /// How the answer says that its body is encoded, if nothing shows that it is not.
+    encoding: Option<String>,
     skip: u64,
     response: Option<Response>,
     /// The remembered storage URL that `response` came from.
@@ -48,27 +55,55 @@ pub(crate) struct HttpStream {
 }
 
 impl RemoteBlob {
-    /// Asks for `range`, which must lie in the blob and not be empty, and waits for the first answer.
-    pub(crate) async fn stream(&self, range: Range<u64>) -> Result<HttpStream, Error> {
-        let mut stream = HttpStream {
-            blob: self.clone(),
-            what: format!("blob {}", self.digest),
-            next: range.start,
-            end: range.end,
-            skip: 0,
-            response: None,
-            remembered: None,
-            pace: self.session.pace(),
-            retry: self.session.retry(),
-        };
+    /// Asks for `range`, which must lie in the blob and not be empty, and waits for the first answer. With `only_ranges`, an answer with
+    /// the whole blob is [`Error::NoRanges`], even if the range is all of it.
+    pub(crate) async fn stream(&self, range: Range<u64>, only_ranges: bool) -> Result<ByteStream, Error> {
+        let spool = self.session.spools.get(&self.digest);
+        if let Some(spool) = spool.filter(|_| !only_ranges) {
+            return Ok(ByteStream::spool(spool.stream(range)));
+        }
+        let whole = range == (0..self.size) && !only_ranges;
+        if let Some(response) = whole.then(|| self.session.spools.take(&self.digest)).flatten() {
+            return Ok(ByteStream::http(HttpStream::whole(self, response)?));
+        }
+        let mut stream = HttpStream::new(self, range, only_ranges);
         stream.connect().await?;
-        Ok(stream)
+        Ok(ByteStream::http(stream))
     }
 }
 
 impl HttpStream {
+    fn new(blob: &RemoteBlob, range: Range<u64>, only_ranges: bool) -> Self {
+        Self {
+            blob: blob.clone(),
+            what: format!("blob {}", blob.digest),
+            start: range.start,
+            next: range.start,
+            end: range.end,
+            only_ranges,
+            spool: None,
+            encoding: None,
+            skip: 0,
+            response: None,
+            remembered: None,
+            pace: blob.session.pace(),
+            retry: blob.session.retry(),
+        }
+    }
+
+    /// All of a blob, whose beginning is `response`.
+    pub(crate) fn whole(blob: &RemoteBlob, response: Response) -> Result<Self, Error> {
+        let mut stream = Self::new(blob, 0..blob.size, false);
+        stream.skip = stream.offset(&response)?;
+        stream.response = Some(response);
+        Ok(stream)
+    }
+
     pub(crate) async fn next(&mut self) -> Result<Option<Bytes>, Error> {
         loop {
+            if let Some(spool) = &mut self.spool {
+                return spool.next().await;
+            }
             if self.next >= self.end {
                 self.finish().await;
                 return Ok(None);
@@ -85,6 +120,8 @@ impl HttpStream {
                     Some(part) => return Ok(Some(part)),
                     None => continue,
                 },
+                // A body that is encoded ends where it will end the next time.
+                Ok(None) if self.encoding.is_some() => return Err(self.encoded()),
                 Ok(None) => Fault::transient(Error::Network {
                     place: Arc::clone(&session.place),
                     what: self.what.clone(),
@@ -126,6 +163,9 @@ impl HttpStream {
             self.next = self.end;
             return Ok(Some(part.slice(..usize::try_from(left).unwrap_or(part.len()))));
         }
+        if self.encoding.is_some() {
+            return Err(self.encoded());
+        }
         Err(self.protocol("the body is longer than the range that was asked for"))
     }
 
@@ -157,9 +197,10 @@ impl HttpStream {
     async fn connect_once(&mut self) -> Result<(), Fault> {
         let session = Arc::clone(&self.blob.session);
         let path = session.path("blobs", &self.blob.digest.to_string());
-        let mut call = Call::get(&path, &self.what);
+        let what = self.what.clone();
+        let mut call = Call::get(&path, &what);
         let whole = self.next == 0 && self.end == self.blob.size;
-        if !whole {
+        if !whole || self.only_ranges {
             let range = format!("bytes={}-{}", self.next, self.end - 1);
             let range = HeaderValue::from_str(&range)
                 .map_err(|error| Fault::fatal(session.protocol(&self.what, error.to_string())))?;
@@ -168,7 +209,8 @@ impl HttpStream {
         let mut start = session.redirects.get(&self.blob.digest);
         loop {
             let remembered = start.take();
-            let (response, target) = match (session.follow(&call, remembered.clone()).await, &remembered) {
+            let (mut response, target) = match (session.follow(&call, remembered.clone()).await, &remembered)
+            {
                 (Ok(followed), _) => followed,
                 // The storage does not answer, or only that it cannot: the registry may know another one by now.
                 (Err(fault), Some(url)) => {
@@ -178,6 +220,24 @@ impl HttpStream {
                 }
                 (Err(fault), None) => return Err(fault),
             };
+            let ignored = response.status() == StatusCode::OK && call.headers.contains_key(RANGE);
+            if ignored && self.only_ranges {
+                session.spools.keep(self.blob.digest, response);
+                return Err(Fault::fatal(Error::NoRanges {
+                    place: Arc::clone(&session.place),
+                    what: self.what.clone(),
+                }));
+            }
+            // From its beginning on, a reader would not get more out of a file.
+            if ignored && self.start > 0 {
+                match Spools::begin(&self.blob, response).await {
+                    Ok(spool) => {
+                        self.spool = Some(spool.stream(self.next..self.end));
+                        return Ok(());
+                    }
+                    Err(back) => response = back,
+                }
+            }
             match (response.status().as_u16(), remembered) {
                 (200 | 206, remembered) => match (self.offset(&response), remembered) {
                     (Ok(skip), remembered) => {
@@ -210,25 +270,17 @@ impl HttpStream {
     }
 
     /// Checks what the answer says of its body, and gives the number of bytes before the first wanted one.
-    fn offset(&self, response: &Response) -> Result<u64, Error> {
+    fn offset(&mut self, response: &Response) -> Result<u64, Error> {
         let text = |name| response.headers().get(name).and_then(|value| value.to_str().ok());
-        if let Some(encoding) = text(CONTENT_ENCODING)
-            && !encoding.eq_ignore_ascii_case("identity")
-        {
-            return Err(self.protocol(&format!(
-                "the body is encoded as {encoding:?}, which was not asked for"
-            )));
-        }
+        self.encoding = text(CONTENT_ENCODING)
+            .filter(|encoding| is_coding(encoding))
+            .map(|encoding| encoding.chars().take(100).collect());
         if response.status() == StatusCode::OK {
-            if let Some(length) = response.content_length()
-                && length != self.blob.size
-            {
-                return Err(self.size_mismatch(length));
-            }
-            if self.next > MAX_SKIP {
-                return Err(self.protocol(
-                    "the registry ignores range requests, so the image cannot be read lazily from it; a proxy may be in the way",
-                ));
+            match response.content_length() {
+                Some(length) if length == self.blob.size => self.encoding = None,
+                Some(_) if self.encoding.is_some() => return Err(self.encoded()),
+                Some(length) => return Err(self.size_mismatch(length)),
+                None => {}
             }
             return Ok(self.next);
         }
@@ -236,10 +288,11 @@ impl HttpStream {
         let Some((first, last, total)) = range else {
             return Err(self.protocol("206 without a Content-Range that can be read"));
         };
-        if let Some(total) = total
-            && total != self.blob.size
-        {
-            return Err(self.size_mismatch(total));
+        match total {
+            Some(total) if total == self.blob.size => self.encoding = None,
+            Some(_) if self.encoding.is_some() => return Err(self.encoded()),
+            Some(total) => return Err(self.size_mismatch(total)),
+            None => {}
         }
         if first != self.next || last < first || last >= self.end {
             return Err(self.protocol(&format!(
@@ -255,6 +308,13 @@ impl HttpStream {
         self.blob.session.protocol(&self.what, reason)
     }
 
+    fn encoded(&self) -> Error {
+        let encoding = self.encoding.as_deref().unwrap_or_default();
+        self.protocol(&format!(
+            "the body is encoded as {encoding:?}, which was not asked for, and is not the blob; a proxy may be in the way"
+        ))
+    }
+
     fn size_mismatch(&self, actual: u64) -> Error {
         Error::SizeMismatch {
             place: self.blob.session.place.to_string(),
@@ -263,6 +323,17 @@ impl HttpStream {
             actual,
         }
     }
+}
+
+/// Whether a value of `Content-Encoding` names a coding that changes bytes (RFC 9110, section 8.4.1).
+pub(crate) fn is_coding(value: &str) -> bool {
+    value.split(',').any(|coding| {
+        let coding = coding.trim().to_ascii_lowercase();
+        matches!(
+            coding.as_str(),
+            "gzip" | "x-gzip" | "compress" | "x-compress" | "deflate" | "br" | "zstd"
+        )
+    })
 }
 
 /// `bytes FIRST-LAST/TOTAL` with `*` for an unknown total (RFC 9110, section 14.4).
@@ -295,6 +366,21 @@ mod tests {
             ("bytes 0-99999999999999999999/1", None),
         ] {
             assert_eq!(parse_content_range(text), expected, "{text}");
+        }
+    }
+
+    #[test]
+    fn codings() {
+        for (value, is) in [
+            ("", false),
+            ("identity", false),
+            ("aws-chunked", false),
+            ("utf-8", false),
+            ("GZIP", true),
+            ("aws-chunked, gzip", true),
+            ("zstd", true),
+        ] {
+            assert_eq!(is_coding(value), is, "{value}");
         }
     }
 

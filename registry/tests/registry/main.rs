@@ -6,6 +6,8 @@ mod auth;
 mod fake;
 mod faults;
 mod growing;
+mod pauses;
+mod quirks;
 mod real;
 mod resolve;
 mod services;
