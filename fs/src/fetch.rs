@@ -26,6 +26,7 @@ mod deliver;
 pub(crate) mod early;
 pub(crate) mod layer;
 pub(crate) mod prefetch;
+mod refuse;
 mod transfer;
 
 use std::collections::BTreeSet;
@@ -238,6 +239,9 @@ impl Engine {
     /// Reads a range of an object, fetching what is missing. `answer` is called from this thread when everything is
     /// here, else later from another one, at the latest after the read deadline.
     pub(crate) fn read(self: &Arc<Self>, object: &Arc<Object>, offset: u64, length: usize, answer: Answer) {
+        if object.gave_up(offset, length) && self.ready(object, offset, length).is_none() {
+            return answer(Err(Errno::IO));
+        }
         let deadline = Instant::now() + self.read_deadline;
         self.read_until(object, offset, length, deadline, answer);
     }

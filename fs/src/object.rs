@@ -67,6 +67,11 @@ impl ListId {
 /// of a registry that works, much shorter than reads wait.
 const STUCK: Duration = Duration::from_secs(2);
 
+/// How soon after a read in vain the kernel's second one comes: at once, but both have to pass through threads that may be busy.
+const AGAIN: Duration = Duration::from_millis(500);
+/// Reads in vain of one object that are kept for that.
+const MAX_GIVEN_UP: usize = 64;
+
 /// A layer that can bring an object.
 #[derive(Debug, Clone)]
 pub(crate) struct Source {
@@ -168,19 +173,46 @@ pub(crate) struct State {
     pub(crate) failures: u32,
     /// The disk keeps it from being completed, and that was said.
     pub(crate) unkept: bool,
+    /// Sources that will not give what was wanted of them: number of the image, and layer.
+    refused: Vec<(u64, Digest)>,
+    /// Ranges of reads whose time was over, and when.
+    given_up: Vec<(Range<u64>, Instant)>,
 }
 
 impl State {
     /// The source to fetch from: one with the list in use. Takes turns after failures.
     pub(crate) fn source(&self) -> Option<Source> {
         let list = self.list_to_use()?;
+        let refused = self.refused_by_all(list);
         let usable = || {
             self.usable()
-                .filter(|(_, file)| file.list == list)
+                .filter(|(source, file)| file.list == list && (refused || !self.has_refused(&source.layer)))
                 .map(|(source, _)| source)
         };
         let turn = usize::try_from(self.failures).unwrap_or(0);
         usable().nth(turn.checked_rem(usable().count())?).cloned()
+    }
+
+    fn has_refused(&self, layer: &Layer) -> bool {
+        self.refused.contains(&(layer.image, layer.digest))
+    }
+
+    fn refused_by_all(&self, list: ListId) -> bool {
+        self.usable()
+            .filter(|(_, file)| file.list == list)
+            .all(|(source, _)| self.has_refused(&source.layer))
+    }
+
+    /// The layer will not give what was wanted of it. True if that goes for all that could: then all of them may be asked again.
+    pub(crate) fn refuse(&mut self, layer: &Layer) -> bool {
+        if !self.has_refused(layer) {
+            self.refused.push((layer.image, layer.digest));
+        }
+        let all = self.list.is_none_or(|list| self.refused_by_all(list));
+        if all {
+            self.refused.clear();
+        }
+        all
     }
 
     /// Whether chunks may be fetched by this file's list.
@@ -445,10 +477,31 @@ impl Object {
         let mut state = lock(&self.state);
         let (expired, waiting) = std::mem::take(&mut state.waiters)
             .into_iter()
-            .partition(|waiter| waiter.deadline <= now);
+            .partition::<Vec<_>, _>(|waiter: &Waiter| waiter.deadline <= now);
         state.waiters = waiting;
+        state.given_up.retain(|(_, when)| when.elapsed() < AGAIN);
+        let room = MAX_GIVEN_UP.saturating_sub(state.given_up.len());
+        let ranges = expired.iter().take(room).map(|waiter: &Waiter| {
+            let end = waiter.offset.saturating_add(waiter.length as u64);
+            (waiter.offset..end, Instant::now())
+        });
+        state.given_up.extend(ranges);
         state.rest();
         expired
+    }
+
+    /// Whether a read of this range has just been in vain. True once for each: where a read ahead has failed, the kernel asks for its first
+    /// page again, which nobody should have to wait for twice.
+    pub(crate) fn gave_up(&self, offset: u64, length: usize) -> bool {
+        let mut state = lock(&self.state);
+        if state.given_up.is_empty() {
+            return false;
+        }
+        state.given_up.retain(|(_, when)| when.elapsed() < AGAIN);
+        let end = offset.saturating_add(length as u64);
+        let inside = |(range, _): &(Range<u64>, Instant)| range.start <= offset && end <= range.end;
+        let place = state.given_up.iter().position(inside);
+        place.map(|place| state.given_up.swap_remove(place)).is_some()
     }
 
     /// A path by which some image knows the object, for messages, with the digest of its layer.

@@ -13,6 +13,8 @@ mod kept;
 mod lies;
 #[path = "serve/loads.rs"]
 mod loads;
+#[path = "serve/refusals.rs"]
+mod refusals;
 #[path = "serve/registry.rs"]
 mod registry;
 #[path = "serve/support.rs"]

@@ -5,7 +5,7 @@
 
 use bytes::{Bytes, BytesMut};
 
-use super::claim::Wanted;
+use super::claim::{Claim, Wanted};
 
 /// Streams that wait for their bytes.
 #[derive(Debug)]
@@ -45,6 +45,14 @@ impl Assembler {
             })
             .collect();
         Self { streams }
+    }
+
+    /// Gives up: the claims of the streams that are not complete.
+    pub(crate) fn into_claims(self) -> impl Iterator<Item = Claim> {
+        self.streams
+            .into_iter()
+            .filter_map(|stream| stream.wanted)
+            .flat_map(|wanted| wanted.claims)
     }
 
     /// Takes the bytes at `offset` of the blob, which no earlier call had, and returns the streams that they complete.

@@ -184,6 +184,12 @@ impl Engine {
         };
         if let Err(error) = result {
             tracing::warn!(layer = %layer.digest, from = range.start, to = range.end, %error, "cannot fetch a range");
+            // What is transient without a time is tried again as soon as the claims are dropped.
+            if !error.is_transient() || error.retry_at().is_some() {
+                for claim in assembler.into_claims() {
+                    claim.refused(error.retry_at());
+                }
+            }
         }
     }
 

@@ -3,7 +3,7 @@
 use std::collections::{HashMap, HashSet};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -18,6 +18,12 @@ use axum::routing::get;
 pub(crate) struct Behaviour {
     /// Every request is refused.
     pub(crate) down: AtomicBool,
+    /// What every request for a blob is answered, with a long `Retry-After`; 0 for nothing special.
+    pub(crate) refusal: AtomicU16,
+    /// Ranges are ignored.
+    pub(crate) whole: AtomicBool,
+    /// Ranges begin one byte late.
+    pub(crate) shifted: AtomicBool,
     /// Milliseconds before each answer.
     pub(crate) delay: AtomicU64,
     /// Requests for blobs: digest and range as text.
@@ -168,9 +174,18 @@ async fn blob(
     headers: HeaderMap,
 ) -> Result<Response<Body>, StatusCode> {
     misbehave(&served.behaviour).await?;
+    let refusal = served.behaviour.refusal.load(Ordering::SeqCst);
+    if refusal != 0 {
+        return Response::builder()
+            .status(refusal)
+            .header(header::RETRY_AFTER, "3600")
+            .body(Body::empty())
+            .map_err(|_| StatusCode::INTERNAL_SERVER_ERROR);
+    }
     let bytes = read_blob(&served, &digest).ok_or(StatusCode::NOT_FOUND)?;
     let range = headers
         .get(header::RANGE)
+        .filter(|_| !served.behaviour.whole.load(Ordering::SeqCst))
         .and_then(|value| value.to_str().ok())
         .map(str::to_owned);
     served
@@ -201,7 +216,8 @@ async fn blob(
         .strip_prefix("bytes=")
         .and_then(|range| range.split_once('-'))
         .ok_or(StatusCode::BAD_REQUEST)?;
-    let from: usize = from.parse().map_err(|_| StatusCode::BAD_REQUEST)?;
+    let shift = usize::from(served.behaviour.shifted.load(Ordering::SeqCst));
+    let from = shift + from.parse::<usize>().map_err(|_| StatusCode::BAD_REQUEST)?;
     let to: usize = to.parse().unwrap_or(bytes.len() - 1).min(bytes.len() - 1);
     let part = bytes
         .get(from..=to)
