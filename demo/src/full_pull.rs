@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use bytes::Bytes;
 use peel_image::compression::{Guard, decoder};
+use peel_registry::document::container_config;
 use peel_registry::{Blob, ByteStream, ClientOptions, ImageName, Source};
 use peel_sandbox::{Container, Exit, Isolation, Network, Overrides, Process, Stdio};
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, ResolveFlags};
@@ -262,7 +263,9 @@ impl Unpacked {
             args: command.iter().map(Into::into).collect(),
             ..Overrides::default()
         };
-        let process = Process::from_image(peel_sandbox::image_config(&self.config)?.as_ref(), &overrides)?;
+        let config = container_config(self.config.as_bytes())
+            .map_err(|reason| anyhow::anyhow!("configuration of the image: {reason}"))?;
+        let process = Process::from_image(config.as_ref(), &overrides)?;
         let isolation = Isolation {
             network: Network::Host,
             hostname: "demo".into(),

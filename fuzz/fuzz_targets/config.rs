@@ -3,14 +3,12 @@
 
 use libfuzzer_sys::fuzz_target;
 use peel_convert::manifest;
-use peel_sandbox::image_config;
+use peel_registry::document::container_config;
 
 fuzz_target!(|data: &[u8]| {
-    if let Ok(text) = std::str::from_utf8(data) {
-        let _ = image_config(text);
-    }
+    let _ = container_config(data);
     if let Ok(config) = manifest::config(data, &[]) {
-        let _ = image_config(std::str::from_utf8(&config).expect("JSON is UTF-8"));
+        let _ = container_config(&config);
         assert!(
             !manifest::config(&config, &[])
                 .expect("our own configuration")

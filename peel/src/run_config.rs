@@ -6,8 +6,16 @@ use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
+use oci_spec::image::Config;
+use peel_registry::document;
 
 use crate::cli::ProcessArgs;
+
+/// The part of an image's configuration that says what to run; `None` where it says nothing.
+pub fn image_config(json: &str) -> anyhow::Result<Option<Config>> {
+    document::container_config(json.as_bytes())
+        .map_err(|reason| anyhow::anyhow!("configuration of the image: {reason}"))
+}
 
 /// The variables that `--env-file` and `--env` name, in this order: `NAME=value`, or `NAME` for the caller's own.
 pub fn variables(args: &ProcessArgs) -> anyhow::Result<Vec<OsString>> {

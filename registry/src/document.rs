@@ -4,7 +4,7 @@
 //! Everything that reads such a document calls this: sources, the loader of `fs` and the commands. So all of them take the same
 //! documents.
 
-use oci_spec::image::{ImageIndex, ImageManifest};
+use oci_spec::image::{Config, ImageIndex, ImageManifest};
 use peel_image::Digest;
 use serde_json::{Map, Value, json};
 
@@ -100,6 +100,17 @@ pub fn configuration(bytes: &[u8]) -> Result<Configuration, String> {
     })
 }
 
+/// Reads the part of an image configuration that says what to run; `None` where it says nothing. The rest is not looked at:
+/// an image without, say, a creation time runs all the same. An error names the field.
+pub fn container_config(bytes: &[u8]) -> Result<Option<Config>, String> {
+    match object(bytes)?.remove("config") {
+        None => Ok(None),
+        Some(config) => serde_json::from_value(config)
+            .map(Some)
+            .map_err(|error| format!("field `config`: {error}")),
+    }
+}
+
 fn diff_id(id: &Value) -> Result<Digest, String> {
     let text = id
         .as_str()
@@ -141,6 +152,33 @@ mod tests {
     use super::*;
 
     const CONFIG: &str = r#"{"mediaType":"c","digest":"sha256:e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855","size":0}"#;
+
+    #[test]
+    fn what_a_container_runs_is_read() {
+        for text in [
+            "{}",
+            r#"{"config": null, "rootfs": {}}"#,
+            r#"{"history": null, "config": null}"#,
+        ] {
+            assert_eq!(container_config(text.as_bytes()), Ok(None), "{text}");
+        }
+        let full =
+            r#"{"config": {"Cmd": ["a"], "Env": null, "Labels": null, "Unknown": 1}, "architecture": "x"}"#;
+        let config = container_config(full.as_bytes()).unwrap().unwrap();
+        assert_eq!(
+            (config.cmd().clone(), config.env().clone()),
+            (Some(vec!["a".to_owned()]), None)
+        );
+        let nulls = r#"{"config": {"Cmd": null, "Entrypoint": null, "Env": null, "ExposedPorts": null, "Volumes": null,
+            "Labels": {"a": null, "b": "c"}, "User": null, "WorkingDir": null, "StopSignal": null}}"#;
+        let config = container_config(nulls.as_bytes()).unwrap().unwrap();
+        assert_eq!(
+            (config.cmd(), config.volumes(), config.user()),
+            (&None, &None, &None)
+        );
+        assert_eq!(config.labels().as_ref().unwrap().len(), 1);
+        assert!(container_config(b"[]x").is_err());
+    }
 
     #[test]
     fn null_is_nothing() {

@@ -35,7 +35,7 @@ use std::path::PathBuf;
 
 pub use container::{Container, Signaller};
 pub use init::become_init_if_asked;
-pub use process::{DEFAULT_PATH, Overrides, Process, image_config, signal_number};
+pub use process::{DEFAULT_PATH, Overrides, Process, signal_number};
 
 /// Why a container could not be made, started or waited for; one variant per step.
 #[derive(Debug, thiserror::Error)]
@@ -43,9 +43,6 @@ pub enum Error {
     /// Neither the image nor the user says what to run.
     #[error("the image names no program to run: give one after the image's name")]
     NoProgram,
-    /// The image's configuration says nothing that can be understood.
-    #[error("configuration of the image: {0}")]
-    Config(#[source] serde_json::Error),
     /// System calls end a string at a NUL byte.
     #[error("{0:?} holds a NUL byte and cannot be passed to a program")]
     Nul(OsString),

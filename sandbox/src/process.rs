@@ -8,7 +8,6 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use oci_spec::image::Config;
-use serde::Deserialize;
 
 use crate::{Error, sys};
 
@@ -50,21 +49,6 @@ pub struct Overrides {
     pub terminal: bool,
     /// Replaces the signal that stops it.
     pub stop_signal: Option<String>,
-}
-
-/// The part of an image's configuration that says what to run; `None` where it says nothing. The rest is not looked at:
-/// an image without, say, a creation time runs all the same.
-///
-/// # Errors
-///
-/// The text is no JSON object, or a field of its `config` has another type.
-pub fn image_config(json: &str) -> Result<Option<Config>, Error> {
-    #[derive(Deserialize)]
-    struct Outer {
-        config: Option<Config>,
-    }
-    let outer: Outer = serde_json::from_str(json).map_err(Error::Config)?;
-    Ok(outer.config)
 }
 
 impl Process {
@@ -235,7 +219,7 @@ mod tests {
 
     use oci_spec::image::{Config, ConfigBuilder};
 
-    use super::{DEFAULT_PATH, Overrides, Process, image_config, signal_number};
+    use super::{DEFAULT_PATH, Overrides, Process, signal_number};
     use crate::Error;
 
     fn words(list: &[&str]) -> Vec<OsString> {
@@ -346,20 +330,5 @@ mod tests {
         ] {
             assert_eq!(signal_number(text), expected, "{text}");
         }
-    }
-
-    #[test]
-    fn configurations_are_read() {
-        for text in ["{}", r#"{"config": null, "rootfs": {}}"#] {
-            assert_eq!(image_config(text).unwrap(), None, "{text}");
-        }
-        let full =
-            r#"{"config": {"Cmd": ["a"], "Env": null, "Labels": null, "Unknown": 1}, "architecture": "x"}"#;
-        let config = image_config(full).unwrap().unwrap();
-        assert_eq!(
-            (config.cmd().clone(), config.env().clone()),
-            (Some(vec!["a".to_owned()]), None)
-        );
-        assert!(image_config("[]x").is_err());
     }
 }

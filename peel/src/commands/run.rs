@@ -81,7 +81,7 @@ pub(super) fn run(global: &Global, args: &RunArgs) -> anyhow::Result<ExitCode> {
             .unwrap_or_else(|| mounted.id.clone()),
         binds,
     };
-    let process = Process::from_image(peel_sandbox::image_config(&mounted.config)?.as_ref(), &overrides)?;
+    let process = Process::from_image(run_config::image_config(&mounted.config)?.as_ref(), &overrides)?;
     let first_byte = FirstByte::new(begin);
     let code = match contain(root, &process, &isolation, args, &first_byte) {
         Ok(code) => code,

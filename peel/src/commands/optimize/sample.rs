@@ -27,7 +27,7 @@ const LINE_MAX: usize = 64 << 10;
 
 /// Runs the image on its mount and returns what was read.
 pub(super) fn run(args: &OptimizeArgs, mounted: &Mounted, root: OwnedFd) -> anyhow::Result<Profile> {
-    let config = peel_sandbox::image_config(&mounted.config)?;
+    let config = run_config::image_config(&mounted.config)?;
     let process = Process::from_image(config.as_ref(), &overrides(args)?)?;
     let isolation = Isolation {
         network: args.net.into(),
