@@ -2,7 +2,11 @@
 //!
 //! Made and removed by the supervisor in [`crate::init`]; [`crate::container`] removes it when the supervisor itself was
 //! killed. It sets no limits; it groups the container's processes for whoever looks. The maker holds a shared lock on the
-//! directory while it lives, so what a killed one left can be told apart and is removed by the next.
+//! directory while it lives, so what a killed one left can be told apart and is removed by the next ([`sweep`]).
+//!
+//! Between mkdir(2) and the lock a new group looks like one that a killed maker left. The maker therefore looks, once it has
+//! the lock, whether the group is still there, and begins anew under another name if it is not; a sweep looks in the same
+//! way before it removes, so that it never removes another group than the one that it locked.
 
 use std::fs;
 use std::io;
@@ -12,11 +16,14 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use rustix::fs::{FlockOperation, Mode, OFlags};
+use rustix::io::Errno;
 
 /// Start of our cgroups' names.
 pub(crate) const PREFIX: &str = "peel-";
 /// How long to wait for the kernel to take the last dead process out of a group.
 const REMOVE_DEADLINE: Duration = Duration::from_secs(2);
+/// How long to try to make a group that sweeps of other processes take away.
+const MAKE_DEADLINE: Duration = Duration::from_secs(2);
 /// Most left-over groups that are looked at in one go.
 const SWEEP_MAX: usize = 256;
 
@@ -34,17 +41,39 @@ impl Cgroup {
         let own = fs::read_to_string("/proc/self/cgroup").map_err(|error| error.to_string())?;
         let parent = own_directory(&mounts, &own).ok_or("no cgroup v2 hierarchy is mounted")?;
         sweep(&parent);
-        let path = parent.join(name);
-        let failed = |error: io::Error| format!("{}: {error}", path.display());
-        fs::create_dir(&path).map_err(failed)?;
-        match open_locked(&path, FlockOperation::NonBlockingLockShared) {
-            Ok(directory) => Ok(Self { path, directory }),
-            Err(error) => {
-                // Nothing is in it yet, so this cannot fail for a reason that another try would cure.
-                let _unused = fs::remove_dir(&path);
-                Err(failed(error))
+        Self::make_in(&parent, name).map_err(|error| format!("{}: {error}", parent.join(name).display()))
+    }
+
+    /// Makes a group with a name that begins with `name`.
+    fn make_in(parent: &Path, name: &str) -> io::Result<Self> {
+        let deadline = Instant::now() + MAKE_DEADLINE;
+        let mut path = parent.join(name);
+        // No name twice: what is removed by its name must be what was looked at.
+        for number in 1_u32.. {
+            match fs::create_dir(&path) {
+                Ok(()) => match open_locked(&path, FlockOperation::NonBlockingLockShared) {
+                    Ok(Some(directory)) => return Ok(Self { path, directory }),
+                    // A sweep has it, and removes it.
+                    Ok(None) => {}
+                    Err(error) => {
+                        // Nothing is in it yet, so this cannot fail for a reason that another try would cure.
+                        let _unused = fs::remove_dir(&path);
+                        return Err(error);
+                    }
+                },
+                // The same process id in another pid namespace, or before.
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+                Err(error) => return Err(error),
             }
+            if Instant::now() >= deadline {
+                break;
+            }
+            path.set_file_name(format!("{name}-{number}"));
         }
+        Err(io::Error::other(format!(
+            "it was taken away again and again for {} s",
+            MAKE_DEADLINE.as_secs()
+        )))
     }
 
     /// Its directory.
@@ -78,12 +107,21 @@ pub(crate) fn remove(path: &Path) -> io::Result<()> {
     }
 }
 
-/// Opens a directory and locks it without waiting.
-fn open_locked(path: &Path, lock: FlockOperation) -> io::Result<OwnedFd> {
+/// Opens a directory and locks it without waiting; `None` when somebody else has it, or when it is no longer what `path`
+/// names.
+fn open_locked(path: &Path, lock: FlockOperation) -> io::Result<Option<OwnedFd>> {
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    let directory = rustix::fs::open(path, flags, Mode::empty())?;
-    rustix::fs::flock(&directory, lock)?;
-    Ok(directory)
+    let locked = (|| -> Result<_, Errno> {
+        let directory = rustix::fs::open(path, flags, Mode::empty())?;
+        rustix::fs::flock(&directory, lock)?;
+        let (opened, named) = (rustix::fs::fstat(&directory)?, rustix::fs::stat(path)?);
+        let same = (opened.st_dev, opened.st_ino) == (named.st_dev, named.st_ino);
+        Ok(same.then_some(directory))
+    })();
+    match locked {
+        Err(Errno::NOENT | Errno::WOULDBLOCK) => Ok(None),
+        locked => Ok(locked?),
+    }
 }
 
 /// Removes what killed makers left: groups of ours that are empty and that nobody holds.
@@ -98,7 +136,8 @@ fn sweep(parent: &Path) {
             .starts_with(PREFIX.as_bytes())
     });
     for entry in ours.take(SWEEP_MAX) {
-        if open_locked(&entry.path(), FlockOperation::NonBlockingLockExclusive).is_ok() {
+        // The lock is held until the group is gone.
+        if let Ok(Some(_locked)) = open_locked(&entry.path(), FlockOperation::NonBlockingLockExclusive) {
             // Refused while processes are in it, which is what is wanted.
             let _unused = fs::remove_dir(entry.path());
         }
@@ -126,9 +165,52 @@ fn own_directory(mountinfo: &str, cgroup: &str) -> Option<PathBuf> {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
     use std::path::PathBuf;
+    use std::sync::atomic::{AtomicBool, Ordering};
+    use std::thread;
 
-    use super::own_directory;
+    use super::{Cgroup, PREFIX, own_directory, sweep};
+
+    #[test]
+    fn a_group_is_made_while_others_sweep() {
+        // Any directory does: what matters are mkdir, rmdir and locks.
+        let parent = tempfile::tempdir().unwrap();
+        let done = AtomicBool::new(false);
+        thread::scope(|scope| {
+            for _ in 0..2 {
+                scope.spawn(|| {
+                    while !done.load(Ordering::Relaxed) {
+                        sweep(parent.path());
+                    }
+                });
+            }
+            let makers: Vec<_> = (0..4)
+                .map(|maker| {
+                    let parent = parent.path();
+                    scope.spawn(move || {
+                        for number in 0..200 {
+                            let group =
+                                Cgroup::make_in(parent, &format!("{PREFIX}{maker}-{number}")).unwrap();
+                            assert!(group.path().is_dir(), "{}", group.path().display());
+                            group.remove().unwrap();
+                        }
+                    })
+                })
+                .collect();
+            for maker in makers {
+                maker.join().unwrap();
+            }
+            done.store(true, Ordering::Relaxed);
+        });
+        // What a killed maker left goes with the next sweep, what lives stays, and a name that is taken is no obstacle.
+        fs::create_dir(parent.path().join(format!("{PREFIX}dead"))).unwrap();
+        let first = Cgroup::make_in(parent.path(), &format!("{PREFIX}same")).unwrap();
+        let second = Cgroup::make_in(parent.path(), &format!("{PREFIX}same")).unwrap();
+        sweep(parent.path());
+        assert!(first.path().is_dir() && second.path().is_dir() && first.path() != second.path());
+        assert_eq!(fs::read_dir(parent.path()).unwrap().count(), 2);
+    }
 
     #[test]
     fn own_directory_of_common_layouts() {
