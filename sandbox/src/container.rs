@@ -387,7 +387,12 @@ fn copied_binary() -> io::Result<OwnedFd> {
 
 fn open_null() -> io::Result<OwnedFd> {
     Ok(rustix::fs::open(
-        "/dev/null",
+/// The host's null device, on a mount that lets nobody change its node. The first process takes the container's own instead,
+/// where it has one.
+        format!("/proc/self/fd/{}", mount.as_raw_fd()),
+    let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+    let mount = rustix::mount::open_tree(rustix::fs::CWD, "/dev/null", flags)?;
+    sys::set_mount_attributes(mount.as_fd(), libc::MOUNT_ATTR_RDONLY, false)?;
         OFlags::RDONLY | OFlags::CLOEXEC,
         Mode::empty(),
     )?)

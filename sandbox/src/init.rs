@@ -172,7 +172,7 @@ fn first_process(setup: Setup, handles: Handles, own_cgroup: bool) -> ! {
 fn prepare(
     setup: &Setup,
     root: OwnedFd,
-    stdio: [OwnedFd; 3],
+    mut stdio: [OwnedFd; 3],
     own_cgroup: bool,
 ) -> Result<(program::Program, Option<OwnedFd>, Vec<String>), Failure> {
     let mut warnings = Vec::new();
@@ -191,6 +191,11 @@ fn prepare(
     if let Some(console) = &mut console {
         console.take_over(account.uid)?;
     } else {
+        for stream in &mut stdio {
+            if let Some(null) = root::devices::own_null(stream).at("opening the container's /dev/null")? {
+                *stream = null;
+            }
+        }
         let [stdin, stdout, stderr] = &stdio;
         rustix::stdio::dup2_stdin(stdin).at("setting standard input")?;
         rustix::stdio::dup2_stdout(stdout).at("setting standard output")?;

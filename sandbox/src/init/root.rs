@@ -6,13 +6,14 @@
 //! through the /proc and /sys that were just made, never through the image's names.
 
 mod console;
+pub(super) mod devices;
 mod files;
 
 use std::fs;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-use rustix::fs::{AtFlags, CWD, Mode, OFlags, ResolveFlags};
+use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, ResolveFlags};
 use rustix::io::Errno;
 use rustix::mount::{
     FsMountFlags, FsOpenFlags, MountAttrFlags, MountPropagationFlags, MoveMountFlags, OpenTreeFlags,
@@ -25,17 +26,6 @@ pub(super) use console::Console;
 use crate::sys;
 use crate::wire::{At, Failure, Setup};
 
-/// The devices that every container has, bound from the host.
-const DEVICES: [&str; 6] = ["null", "zero", "full", "random", "urandom", "tty"];
-/// Links in /dev, by the OCI runtime specification.
-const LINKS: [(&str, &str); 6] = [
-    ("fd", "/proc/self/fd"),
-    ("stdin", "/proc/self/fd/0"),
-    ("stdout", "/proc/self/fd/1"),
-    ("stderr", "/proc/self/fd/2"),
-    ("ptmx", "pts/ptmx"),
-    ("core", "/proc/kcore"),
-];
 /// What of /proc a container does not see (Docker's list).
 const MASKED_PROC: [&str; 10] = [
     "acpi",
@@ -49,8 +39,6 @@ const MASKED_PROC: [&str; 10] = [
     "timer_list",
     "timer_stats",
 ];
-/// What of /proc it cannot change (Docker's list).
-const READ_ONLY_PROC: [&str; 5] = ["bus", "fs", "irq", "sys", "sysrq-trigger"];
 /// What of /sys it does not see: firmware tables, and power meters, which leak what others compute.
 const MASKED_SYS: [&str; 2] = ["firmware", "devices/virtual/powercap"];
 /// Size of /dev and of /dev/shm (Docker's default).
@@ -77,11 +65,7 @@ pub(super) fn enter(
     // Nothing that happens here may reach the host's mounts.
     mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC)
         .at("making mounts private")?;
-    let devices = DEVICES
-        .iter()
-        .map(|name| Ok((*name, clone_tree(CWD, format!("/dev/{name}"), false)?)))
-        .collect::<io::Result<Vec<_>>>()
-        .at("binding the host's devices")?;
+    let devices = devices::make().at("making the devices")?;
     let mut binds = Vec::new();
     for bind in &setup.binds {
         let shown = String::from_utf8_lossy(&bind.source);
@@ -100,13 +84,13 @@ pub(super) fn enter(
 
     let dev = attach_file_system(
         "tmpfs",
-        &device_options(),
+        &devices::options(),
         MountAttrFlags::MOUNT_ATTR_NOSUID,
         "dev",
     )
     .at("mounting /dev")?;
     if let Some(dev) = &dev {
-        fill_dev(dev.as_fd(), devices).at("filling /dev")?;
+        devices::fill(dev.as_fd(), &devices).at("filling /dev")?;
     }
     let proc = attach_file_system("proc", &[], closed(), "proc").at("mounting /proc")?;
     let sys = attach_file_system("sysfs", &[], closed_read_only(), "sys").at("mounting /sys")?;
@@ -117,11 +101,13 @@ pub(super) fn enter(
             ));
         }
     }
-    let mut masks = Masks { empty: None };
+    let mut masks = Masks {
+        null: devices.cover,
+        null_is_mounted: false,
+        empty: None,
+    };
     if let Some(proc) = &proc {
-        for name in READ_ONLY_PROC {
-            make_read_only(proc.as_fd(), name).at(format!("making /proc/{name} read-only"))?;
-        }
+        make_proc_read_only(proc.as_fd()).at("making /proc read-only")?;
         for name in MASKED_PROC {
             masks
                 .cover(proc.as_fd(), name)
@@ -180,6 +166,21 @@ fn clone_tree<P: rustix::path::Arg>(at: BorrowedFd<'_>, path: P, recursive: bool
         flags |= OpenTreeFlags::AT_RECURSIVE;
     }
     Ok(open_tree(at, path, flags | OpenTreeFlags::AT_EMPTY_PATH)?)
+}
+
+/// A new tmpfs that is mounted on the host's side for the moment that is left of it: single files can be taken only from a
+/// file system that is mounted somewhere. Called before the root is changed.
+fn mounted_tmpfs(size: &str, attributes: MountAttrFlags) -> io::Result<OwnedFd> {
+    let store = new_file_system("tmpfs", &[("size", size), ("mode", "755")], attributes)?;
+    let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;
+    move_mount(&store, "", CWD, files::SCRATCH, flags)?;
+    Ok(store)
+}
+
+/// Makes the root itself read-only; mounts on it stay as they are. Called inside the root, when nothing has to be made in
+/// it any more.
+pub(super) fn make_root_read_only() -> io::Result<()> {
+    sys::set_mount_attributes(root_directory()?.as_fd(), libc::MOUNT_ATTR_RDONLY, false)
 }
 
 /// A new file system, detached.
@@ -249,44 +250,30 @@ fn open_below(parent: BorrowedFd<'_>, path: &str, flags: OFlags) -> Result<Owned
     rustix::fs::openat2(parent, path, flags, Mode::empty(), resolve)
 }
 
-fn device_options() -> [(&'static str, &'static str); 2] {
-    [("mode", "755"), ("size", TMPFS_SIZE)]
-}
-
-/// Devices, links and the file systems below /dev.
-fn fill_dev(dev: BorrowedFd<'_>, devices: Vec<(&str, OwnedFd)>) -> io::Result<()> {
-    for (name, tree) in devices {
-        make_file(dev, name)?;
-        attach(tree.as_fd(), open_below(dev, name, OFlags::empty())?.as_fd())?;
-    }
-    // Only now: the bound devices are mounts of their own, what the program makes here is not.
-    sys::set_mount_attributes(dev, libc::MOUNT_ATTR_NODEV, false)?;
-    for (name, target) in LINKS {
-        rustix::fs::symlinkat(target, dev, name)?;
-    }
-    let shm = [("mode", "1777"), ("size", TMPFS_SIZE)];
-    // Group 5 is tty in every distribution.
-    let pts = [("ptmxmode", "0666"), ("mode", "0620"), ("gid", "5")];
-    let pts_attributes = MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NOEXEC;
-    for (name, kind, options, attributes) in [
-        ("shm", "tmpfs", shm.as_slice(), closed()),
-        ("mqueue", "mqueue", [].as_slice(), closed()),
-        ("pts", "devpts", pts.as_slice(), pts_attributes),
-    ] {
-        rustix::fs::mkdirat(dev, name, Mode::from_raw_mode(0o755))?;
-        let target = open_below(dev, name, OFlags::DIRECTORY)?;
-        attach(
-            new_file_system(kind, options, attributes)?.as_fd(),
-            target.as_fd(),
-        )?;
-    }
-    Ok(())
-}
-
 /// An empty file to mount on.
 fn make_file(parent: BorrowedFd<'_>, name: &str) -> io::Result<()> {
     let flags = OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::WRONLY | OFlags::CLOEXEC;
     rustix::fs::openat(parent, name, flags, Mode::from_raw_mode(0o644))?;
+    Ok(())
+}
+
+/// Makes everything in /proc read-only but the directories of processes. The kernel has one node for all /proc of the
+/// machine behind each of the rest, so that a mode or owner that is set here would be the host's too.
+fn make_proc_read_only(proc: BorrowedFd<'_>) -> io::Result<()> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let listing = rustix::fs::openat(proc, ".", flags, Mode::empty())?;
+    for entry in rustix::fs::Dir::new(listing)? {
+        let entry = entry?;
+        let name = entry.file_name().to_bytes();
+        let process = name.iter().all(u8::is_ascii_digit);
+        // Links lead to a process, or were given a target by nobody but the kernel.
+        if process || name.starts_with(b".") || entry.file_type() == FileType::Symlink {
+            continue;
+        }
+        if let Ok(name) = std::str::from_utf8(name) {
+            make_read_only(proc, name)?;
+        }
+    }
     Ok(())
 }
 
@@ -305,6 +292,8 @@ fn make_read_only(parent: BorrowedFd<'_>, name: &str) -> io::Result<()> {
 
 /// Covers paths with nothing: files with /dev/null, directories with an empty read-only file system.
 struct Masks {
+    null: OwnedFd,
+    null_is_mounted: bool,
     empty: Option<OwnedFd>,
 }
 
@@ -316,7 +305,7 @@ impl Masks {
             target => target?,
         };
         let found = rustix::fs::statat(&target, "", AtFlags::EMPTY_PATH)?;
-        let directory = rustix::fs::FileType::from_raw_mode(found.st_mode).is_dir();
+        let directory = FileType::from_raw_mode(found.st_mode).is_dir();
         let tree = match (&self.empty, directory) {
             (Some(empty), true) => clone_tree(empty.as_fd(), "", false)?,
             (None, true) => {
@@ -325,22 +314,14 @@ impl Masks {
                 self.empty = Some(empty);
                 return Ok(());
             }
-            (_, false) => null_device()?,
+            (_, false) if self.null_is_mounted => clone_tree(self.null.as_fd(), "", false)?,
+            (_, false) => {
+                self.null_is_mounted = true;
+                return attach(self.null.as_fd(), target.as_fd());
+            }
         };
         attach(tree.as_fd(), target.as_fd())
     }
-}
-
-/// A mount of the container's own /dev/null, which [`fill_dev`] bound; checked to be it.
-fn null_device() -> io::Result<OwnedFd> {
-    let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_SYMLINKS;
-    let flags = OFlags::PATH | OFlags::CLOEXEC;
-    let null = rustix::fs::openat2(root_directory()?, "dev/null", flags, Mode::empty(), resolve)?;
-    let found = rustix::fs::statat(&null, "", AtFlags::EMPTY_PATH)?;
-    if found.st_rdev != rustix::fs::makedev(1, 3) {
-        return Err(io::Error::other("/dev/null of the container is another device"));
-    }
-    clone_tree(null.as_fd(), "", false)
 }
 
 /// Opens a directory of the root, making what is missing of it; the caller is inside the root.

@@ -6,11 +6,10 @@
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 
-use rustix::fs::{AtFlags, CWD, Mode, OFlags, ResolveFlags};
+use rustix::fs::{AtFlags, Mode, OFlags, ResolveFlags};
 use rustix::io::Errno;
-use rustix::mount::{MountAttrFlags, MoveMountFlags, move_mount};
 
-use super::{attach, clone_tree, host_file, make_directories, new_file_system, root_directory};
+use super::{attach, clone_tree, closed, host_file, make_directories, mounted_tmpfs, root_directory};
 use crate::Network;
 use crate::wire::{At, Failure, Setup};
 
@@ -37,13 +36,7 @@ impl HostFiles {
             }
             Network::None => contents.push(("hosts", LOOPBACK_HOSTS.into())),
         }
-        let attributes = MountAttrFlags::MOUNT_ATTR_NOSUID
-            | MountAttrFlags::MOUNT_ATTR_NODEV
-            | MountAttrFlags::MOUNT_ATTR_NOEXEC;
-        let store = new_file_system("tmpfs", &[("size", "4m"), ("mode", "755")], attributes)?;
-        // Single files can be taken only from a file system that is mounted somewhere.
-        let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;
-        move_mount(&store, "", CWD, SCRATCH, flags)?;
+        let store = mounted_tmpfs("4m", closed())?;
         let mut files = Vec::new();
         for (name, contents) in contents {
             let flags = OFlags::CREATE | OFlags::EXCL | OFlags::WRONLY | OFlags::CLOEXEC;
