@@ -15,7 +15,7 @@ use std::ffi::{CString, OsString};
 use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::ffi::OsStringExt;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::net::UnixStream;
 use std::process::exit;
 
@@ -207,19 +207,16 @@ fn prepare(
     sys::close_others_on_exec().at("closing the host's files")?;
     credentials::become_user(&account)?;
     let mut env: Vec<OsString> = setup.env.iter().cloned().map(OsString::from_vec).collect();
-    for (key, value) in [
-        ("HOSTNAME", setup.hostname.as_bytes()),
-        ("HOME", account.home.as_slice()),
-    ] {
-        if !env.iter().any(|entry| name(entry) == key.as_bytes()) {
-            let entry = [key.as_bytes(), b"=", value].concat();
-            env.push(OsString::from_vec(entry));
-        }
+    if !env.iter().any(|entry| name(entry) == b"HOSTNAME") {
+        env.push(OsString::from_vec(
+            [b"HOSTNAME=", setup.hostname.as_bytes()].concat(),
+        ));
     }
     let program = program::Program::find(&setup.args, env)?;
     let filters = seccomp::profile()
         .map_err(|error| Failure::new(Kind::Step, format!("compiling the seccomp profile: {error}"), 0))?;
     for filter in &filters {
+    set_home(&mut env, &account.home);
         seccompiler::apply_filter(filter).map_err(|error| {
             Failure::new(Kind::Step, format!("installing the seccomp profile: {error}"), 0)
         })?;
@@ -228,6 +225,17 @@ fn prepare(
 }
 
 /// Enters the working directory, made if it is missing. Magic links (`/proc/self/fd/N`) would lead to the host.
+/// Gives the program its user's home directory where the environment names none. An empty `HOME` counts as none, as with
+/// runc; other variables may be empty.
+fn set_home(env: &mut Vec<OsString>, home: &[u8]) {
+    let entry = OsString::from_vec([b"HOME=", home].concat());
+    match env.iter_mut().find(|entry| name(entry) == b"HOME") {
+        None => env.push(entry),
+        Some(present) if present.as_bytes().len() <= b"HOME=".len() => *present = entry,
+        Some(_) => {}
+    }
+}
+
 fn enter_directory(path: &[u8]) -> Result<(), Failure> {
     let failed = |error: io::Error| {
         let path = String::from_utf8_lossy(path).into_owned();

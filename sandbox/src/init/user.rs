@@ -16,18 +16,30 @@ const GROUPS_MAX: usize = 65_536;
 pub(super) struct Account {
     pub(super) uid: u32,
     pub(super) gid: u32,
-    /// Supplementary groups.
+    /// Supplementary groups, the primary one first: a program that changes its effective group, as a set-group-id one does,
+    /// would otherwise leave it, and with it what a file's mode denies to that group.
     pub(super) groups: Vec<u32>,
     /// Home directory; `/` where the image does not say.
     pub(super) home: Vec<u8>,
 }
 
 /// Finds the user. `read` gives a file's contents, `None` when it is not there. Rules: digits are an id, all else a name; a
-/// name must be in /etc/passwd; an id need not be, and has group 0 then; a group that is given replaces the user's own and its supplementary ones.
+/// name must be in /etc/passwd; an id need not be, and has group 0 then; a group that is given replaces the user's own and
+/// its supplementary ones.
 pub(super) fn find(
     wanted: &str,
     read: &dyn Fn(&str) -> io::Result<Option<Vec<u8>>>,
 ) -> Result<Account, Failure> {
+    let mut account = look_up(wanted, read)?;
+    let primary = account.gid;
+    account.groups.retain(|group| *group != primary);
+    account.groups.insert(0, primary);
+    account.groups.truncate(GROUPS_MAX);
+    Ok(account)
+}
+
+/// The account with the groups that /etc/group names.
+fn look_up(wanted: &str, read: &dyn Fn(&str) -> io::Result<Option<Vec<u8>>>) -> Result<Account, Failure> {
     let (user, group) = wanted.split_once(':').unwrap_or((wanted, ""));
     let file = |path: &str| read(path).at(format!("reading {path} of the image"));
     let passwd = file("/etc/passwd")?.unwrap_or_default();
@@ -136,15 +148,15 @@ mod tests {
         let rows: [(&str, u32, u32, &[u32], &str); 11] = [
             ("", 0, 0, &[0, 4], "/root"),
             ("root", 0, 0, &[0, 4], "/root"),
-            ("www", 33, 34, &[4, 5], "/srv"),
-            ("33", 33, 34, &[4, 5], "/srv"),
-            ("www:log", 33, 5, &[], "/srv"),
-            ("www:9", 33, 9, &[], "/srv"),
-            ("1000", 1000, 0, &[], "/"),
-            ("1000:web", 1000, 34, &[], "/"),
-            (":adm", 0, 4, &[], "/root"),
-            ("123", 123, 0, &[], "/"),
-            ("77", 77, 78, &[], "/odd"),
+            ("www", 33, 34, &[34, 4, 5], "/srv"),
+            ("33", 33, 34, &[34, 4, 5], "/srv"),
+            ("www:log", 33, 5, &[5], "/srv"),
+            ("www:9", 33, 9, &[9], "/srv"),
+            ("1000", 1000, 0, &[0], "/"),
+            ("1000:web", 1000, 34, &[34], "/"),
+            (":adm", 0, 4, &[4], "/root"),
+            ("123", 123, 0, &[0], "/"),
+            ("77", 77, 78, &[78], "/odd"),
         ];
         for (wanted, uid, gid, groups, home) in rows {
             let expected = Account {
