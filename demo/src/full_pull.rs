@@ -270,6 +270,8 @@ impl Unpacked {
             network: Network::Host,
             hostname: "demo".into(),
             binds: Vec::new(),
+            read_only: false,
+            socketcall: run_config::is_i386(&self.config),
         };
         let (reader, writer) = io::pipe()?;
         let stdio = Stdio {

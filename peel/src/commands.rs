@@ -30,7 +30,7 @@ use peel_registry::{ClientOptions, ImageName};
 use crate::cli::{Cli, Command, Global, LoadArgs, Pull, Verify, elsewhere};
 use crate::describe::describe;
 use crate::logging;
-use crate::protocol::MountRequest;
+use crate::protocol::{MountRequest, WritableLayer};
 
 /// Exit status of `peel run` when peel itself failed, as Docker has it.
 const RUN_FAILED: u8 = 125;
@@ -141,7 +141,7 @@ fn mount_request(
     global: &Global,
     image: &str,
     load: &LoadArgs,
-    writable: bool,
+    layer: WritableLayer,
 ) -> anyhow::Result<MountRequest> {
     Ok(MountRequest {
         image: image_name(image)?.to_string(),
@@ -155,7 +155,7 @@ fn mount_request(
         prefetch: !load.how.no_prefetch,
         eager: load.how.verify == Verify::Full,
         check_by_download: load.how.verify == Verify::Background,
-        writable,
+        layer,
     })
 }
 

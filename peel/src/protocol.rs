@@ -14,7 +14,7 @@ use peel_registry::{ClientOptions, ImageName};
 use serde::{Deserialize, Serialize};
 
 /// Version of these messages. The version of the program is compared too: both sides come from one binary.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 /// Version of the program, as `peel --version` prints it.
 pub const PROGRAM_VERSION: &str = env!("CARGO_PKG_VERSION");
 /// How long either side may say nothing while the other waits. The server sends [`Response::Working`] far more often.
@@ -70,7 +70,18 @@ pub struct MountRequest {
     /// Whether a check in the background may download a layer a second time.
     pub check_by_download: bool,
     /// Whether the mount gets a writable layer.
-    pub writable: bool,
+    pub layer: WritableLayer,
+}
+
+/// Whether a mount gets a writable layer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum WritableLayer {
+    /// It does.
+    Required,
+    /// It does where the store's file system can carry one: a read-only container needs it for places that the image lacks.
+    Optional,
+    /// It does not.
+    None,
 }
 
 impl MountRequest {
@@ -208,10 +219,15 @@ mod tests {
                 proptest::option::of(".*"),
                 pull(),
                 client(),
-                any::<[bool; 4]>()
+                any::<[bool; 3]>(),
+                prop_oneof![
+                    Just(WritableLayer::Required),
+                    Just(WritableLayer::Optional),
+                    Just(WritableLayer::None)
+                ]
             )
                 .prop_map(
-                    |(image, platform, pull, client, [prefetch, eager, check_by_download, writable])| {
+                    |(image, platform, pull, client, [prefetch, eager, check_by_download], layer)| {
                         Request::Mount(MountRequest {
                             image,
                             platform,
@@ -220,7 +236,7 @@ mod tests {
                             prefetch,
                             eager,
                             check_by_download,
-                            writable,
+                            layer,
                         })
                     }
                 ),

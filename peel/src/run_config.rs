@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, bail};
 use oci_spec::image::Config;
 use peel_registry::document;
+use serde::Deserialize;
 
 use crate::cli::ProcessArgs;
 
@@ -15,6 +16,16 @@ use crate::cli::ProcessArgs;
 pub fn image_config(json: &str) -> anyhow::Result<Option<Config>> {
     document::container_config(json.as_bytes())
         .map_err(|reason| anyhow::anyhow!("configuration of the image: {reason}"))
+}
+
+/// Whether the image's programs are those of i386, by its configuration: they make sockets by `socketcall`
+/// ([`peel_sandbox::Isolation::socketcall`]).
+pub fn is_i386(json: &str) -> bool {
+    #[derive(Deserialize)]
+    struct Outer {
+        architecture: Option<String>,
+    }
+    serde_json::from_str::<Outer>(json).is_ok_and(|outer| outer.architecture.as_deref() == Some("386"))
 }
 
 /// The variables that `--env-file` and `--env` name, in this order: `NAME=value`, or `NAME` for the caller's own.
@@ -88,6 +99,18 @@ mod tests {
 
     fn strings(list: &[&str]) -> Vec<OsString> {
         list.iter().map(OsString::from).collect()
+    }
+
+    #[test]
+    fn programs_of_i386_are_told_by_the_configuration() {
+        for (text, expected) in [
+            (r#"{"architecture": "386"}"#, true),
+            (r#"{"architecture": "amd64"}"#, false),
+            (r#"{"architecture": null}"#, false),
+            ("{}", false),
+        ] {
+            assert_eq!(is_i386(text), expected, "{text}");
+        }
     }
 
     #[test]

@@ -324,6 +324,8 @@ fn describe(process: &Process, isolation: &Isolation) -> Result<Setup, Error> {
         network: isolation.network,
         hostname: isolation.hostname.clone(),
         binds: isolation.binds.iter().map(bind).collect::<Result<_, Error>>()?,
+        read_only: isolation.read_only,
+        socketcall: isolation.socketcall,
         cgroup: format!(
             "{}{}-{}",
             cgroup::PREFIX,
@@ -385,14 +387,14 @@ fn copied_binary() -> io::Result<OwnedFd> {
     )?)
 }
 
-fn open_null() -> io::Result<OwnedFd> {
-    Ok(rustix::fs::open(
 /// The host's null device, on a mount that lets nobody change its node. The first process takes the container's own instead,
 /// where it has one.
-        format!("/proc/self/fd/{}", mount.as_raw_fd()),
+fn open_null() -> io::Result<OwnedFd> {
     let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
     let mount = rustix::mount::open_tree(rustix::fs::CWD, "/dev/null", flags)?;
     sys::set_mount_attributes(mount.as_fd(), libc::MOUNT_ATTR_RDONLY, false)?;
+    Ok(rustix::fs::open(
+        format!("/proc/self/fd/{}", mount.as_raw_fd()),
         OFlags::RDONLY | OFlags::CLOEXEC,
         Mode::empty(),
     )?)

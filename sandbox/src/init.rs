@@ -204,6 +204,10 @@ fn prepare(
     }
     drop(stdio);
     enter_directory(&setup.cwd)?;
+    if setup.read_only {
+        // The last thing that is made in the root is the working directory.
+        root::make_root_read_only().at("making the root read-only")?;
+    }
     sys::close_others_on_exec().at("closing the host's files")?;
     credentials::become_user(&account)?;
     let mut env: Vec<OsString> = setup.env.iter().cloned().map(OsString::from_vec).collect();
@@ -216,7 +220,7 @@ fn prepare(
     let filters = seccomp::profile()
         .map_err(|error| Failure::new(Kind::Step, format!("compiling the seccomp profile: {error}"), 0))?;
     for filter in &filters {
-    set_home(&mut env, &account.home);
+        set_home(&mut env, &account.home);
         seccompiler::apply_filter(filter).map_err(|error| {
             Failure::new(Kind::Step, format!("installing the seccomp profile: {error}"), 0)
         })?;

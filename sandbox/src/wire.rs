@@ -35,6 +35,8 @@ pub(crate) struct Setup {
     pub(crate) network: Network,
     pub(crate) hostname: String,
     pub(crate) binds: Vec<Bind>,
+    pub(crate) read_only: bool,
+    pub(crate) socketcall: bool,
     /// Name of the cgroup to make below the caller's own.
     pub(crate) cgroup: String,
 }

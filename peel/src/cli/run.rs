@@ -84,7 +84,7 @@ pub struct RunArgs {
     /// Host name of the container
     #[arg(long, value_name = "NAME")]
     pub hostname: Option<String>,
-    /// Mount the root file system without a writable layer
+    /// Make the root file system read-only for the program; binds, /dev and /etc/hosts and its kind stay as they are
     #[arg(long)]
     pub read_only: bool,
     /// How the image is loaded.

@@ -11,7 +11,7 @@ use serde::Serialize;
 use crate::cli::{Global, MountArgs};
 use crate::client::Client;
 use crate::progress::LoadProgress;
-use crate::protocol::Mounted;
+use crate::protocol::{Mounted, WritableLayer};
 
 /// What `--json` prints.
 #[derive(Debug, Serialize)]
@@ -42,7 +42,12 @@ pub(super) fn run(global: &Global, args: &MountArgs) -> anyhow::Result<()> {
     if !dir.is_dir() {
         bail!("{}: not a directory", dir.display());
     }
-    let request = super::mount_request(global, &args.image, &args.load, !args.read_only)?;
+    let layer = if args.read_only {
+        WritableLayer::None
+    } else {
+        WritableLayer::Required
+    };
+    let request = super::mount_request(global, &args.image, &args.load, layer)?;
     let mut client = Client::connect(global)?;
     let mut progress = LoadProgress::new(&args.image);
     let (mounted, fd) = client.mount(request, &mut |step| progress.update(&step))?;

@@ -21,6 +21,7 @@ use crate::client::Client;
 use crate::progress::LoadProgress;
 use peel_convert::plan::{self, Plan};
 use peel_convert::{Settings, patterns};
+use crate::protocol::WritableLayer;
 
 /// Names without a file that are shown one by one.
 const SHOWN: usize = 10;
@@ -131,7 +132,7 @@ fn sampled(global: &Global, args: &OptimizeArgs, open: &OpenImage) -> anyhow::Re
             .cloned(),
         how: args.how.clone(),
     };
-    let mut request = super::mount_request(global, &args.source, &load, true)?;
+    let mut request = super::mount_request(global, &args.source, &load, WritableLayer::Required)?;
     request.image = pinned(&args.source, open)?;
     let mut client = Client::connect(global)?;
     let mut progress = LoadProgress::new(&args.source);

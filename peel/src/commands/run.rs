@@ -24,6 +24,7 @@ use crate::cli::{Global, RunArgs};
 use crate::client::Client;
 use crate::describe::describe;
 use crate::progress::LoadProgress;
+use crate::protocol::WritableLayer;
 use crate::run_config;
 use crate::signals;
 use relay::FirstByte;
@@ -51,7 +52,13 @@ pub(super) fn run(global: &Global, args: &RunArgs) -> anyhow::Result<ExitCode> {
     if args.tty && args.interactive && !std::io::stdin().is_terminal() {
         bail!("-t with -i needs a terminal on standard input; leave -t out to pass other input on");
     }
-    let request = super::mount_request(global, &args.image, &args.load, !args.read_only)?;
+    // A read-only root has places to make before it is read-only: mount points, the working directory.
+    let layer = if args.read_only {
+        WritableLayer::Optional
+    } else {
+        WritableLayer::Required
+    };
+    let request = super::mount_request(global, &args.image, &args.load, layer)?;
     let overrides = overrides(args)?;
     let binds = args
         .volume
@@ -80,6 +87,8 @@ pub(super) fn run(global: &Global, args: &RunArgs) -> anyhow::Result<ExitCode> {
             .or_else(|| args.name.clone())
             .unwrap_or_else(|| mounted.id.clone()),
         binds,
+        read_only: args.read_only,
+        socketcall: run_config::is_i386(&mounted.config),
     };
     let process = Process::from_image(run_config::image_config(&mounted.config)?.as_ref(), &overrides)?;
     let first_byte = FirstByte::new(begin);

@@ -105,7 +105,7 @@ impl Client<'_> {
         let config = String::from_utf8(image.config().to_vec()).context("configuration of the image")?;
         let layers = image.layers().to_vec();
         let manifest_digest = image.manifest_digest();
-        let (id, fd) = self.server.mounts.add(&request.image, image, request.writable)?;
+        let (id, fd) = self.server.mounts.add(&request.image, image, request.layer)?;
         self.leases.push(id.clone());
         let mounted = Mounted {
             id,

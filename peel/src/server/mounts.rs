@@ -12,6 +12,7 @@ use rustix::mount::OpenTreeFlags;
 use crate::describe::describe;
 use crate::mount_records::{MountRecord, MountRecords, boot_id, new_id};
 use crate::mountinfo::{self, DeviceNumber};
+use crate::protocol::WritableLayer;
 
 /// The table of mounts.
 #[derive(Debug)]
@@ -78,11 +79,11 @@ impl Mounts {
         &self,
         name: &str,
         image: Arc<Image>,
-        writable: bool,
+        layer: WritableLayer,
     ) -> anyhow::Result<(String, OwnedFd)> {
         let id = new_id().context("/dev/urandom")?;
         lock(&self.unfinished).insert(id.clone());
-        let result = self.add_as(&id, name, image, writable);
+        let result = self.add_as(&id, name, image, layer);
         if result.is_err() {
             self.remove_files(&id);
         }
@@ -90,11 +91,22 @@ impl Mounts {
         Ok((id, result?))
     }
 
-    fn add_as(&self, id: &str, name: &str, image: Arc<Image>, writable: bool) -> anyhow::Result<OwnedFd> {
+    fn add_as(
+        &self,
+        id: &str,
+        name: &str,
+        image: Arc<Image>,
+        layer: WritableLayer,
+    ) -> anyhow::Result<OwnedFd> {
         let scratch = self.records.create(id)?;
-        let mount = self
-            .service
-            .mount(&image, writable.then_some(scratch.as_path()))?;
+        let scratch = (layer != WritableLayer::None).then_some(scratch.as_path());
+        let mount = match self.service.mount(&image, scratch) {
+            Err(error) if layer == WritableLayer::Optional => {
+                tracing::warn!(image = name, %error, "mounted without a writable layer");
+                self.service.mount(&image, None)?
+            }
+            mount => mount?,
+        };
         let fd = twin(&mount)?;
         let stat = rustix::fs::fstat(&fd).context("mount descriptor")?;
         let record = MountRecord {

@@ -107,6 +107,8 @@ pub(crate) fn isolation() -> Isolation {
         network: Network::Host,
         hostname: "box".to_owned(),
         binds: Vec::new(),
+        read_only: false,
+        socketcall: false,
     }
 }
 
