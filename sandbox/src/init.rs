@@ -216,19 +216,15 @@ fn prepare(
             [b"HOSTNAME=", setup.hostname.as_bytes()].concat(),
         ));
     }
+    set_home(&mut env, &account.home);
     let program = program::Program::find(&setup.args, env)?;
-    let filters = seccomp::profile()
+    let filter = seccomp::profile(setup.socketcall)
         .map_err(|error| Failure::new(Kind::Step, format!("compiling the seccomp profile: {error}"), 0))?;
-    for filter in &filters {
-        set_home(&mut env, &account.home);
-        seccompiler::apply_filter(filter).map_err(|error| {
-            Failure::new(Kind::Step, format!("installing the seccomp profile: {error}"), 0)
-        })?;
-    }
+    seccompiler::apply_filter(&filter)
+        .map_err(|error| Failure::new(Kind::Step, format!("installing the seccomp profile: {error}"), 0))?;
     Ok((program, console.map(root::Console::into_master), warnings))
 }
 
-/// Enters the working directory, made if it is missing. Magic links (`/proc/self/fd/N`) would lead to the host.
 /// Gives the program its user's home directory where the environment names none. An empty `HOME` counts as none, as with
 /// runc; other variables may be empty.
 fn set_home(env: &mut Vec<OsString>, home: &[u8]) {
@@ -240,6 +236,7 @@ fn set_home(env: &mut Vec<OsString>, home: &[u8]) {
     }
 }
 
+/// Enters the working directory, made if it is missing. Magic links (`/proc/self/fd/N`) would lead to the host.
 fn enter_directory(path: &[u8]) -> Result<(), Failure> {
     let failed = |error: io::Error| {
         let path = String::from_utf8_lossy(path).into_owned();
