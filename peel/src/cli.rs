@@ -181,6 +181,12 @@ pub struct PullArgs {
 #[derive(Debug, Args)]
 #[command(after_help = NAMES)]
 pub struct MountArgs {
+    /// Let set-user-id and set-group-id programs and file capabilities give their rights (the mount is nosuid otherwise)
+    #[arg(long)]
+    pub suid: bool,
+    /// Let device nodes be opened (the mount is nodev otherwise)
+    #[arg(long)]
+    pub dev: bool,
     /// Mount without a writable layer
     #[arg(long)]
     pub read_only: bool,

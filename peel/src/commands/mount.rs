@@ -54,7 +54,10 @@ pub(super) fn run(global: &Global, args: &MountArgs) -> anyhow::Result<()> {
     progress.finish();
     super::warn_of_platform(&args.image, &mounted.config, args.load.platform.as_deref());
     client.keep(&mounted.id, &dir)?;
-    if let Err(error) = attach(fd.as_fd(), &dir) {
+    let attached = peel_sandbox::restrict_mount(fd.as_fd(), !args.suid, !args.dev)
+        .context("making the mount nosuid and nodev")
+        .and_then(|()| attach(fd.as_fd(), &dir));
+    if let Err(error) = attached {
         drop(fd);
         client.release(&mounted.id)?;
         return Err(error);
