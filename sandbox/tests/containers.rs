@@ -9,6 +9,8 @@
     reason = "a test without the harness is not known as one"
 )]
 
+#[path = "containers/host.rs"]
+mod host;
 #[path = "containers/support.rs"]
 mod support;
 
@@ -51,6 +53,15 @@ fn main() -> ExitCode {
         ("binds", binds),
         ("links_do_not_lead_out", links_do_not_lead_out),
         ("read_only_root", read_only_root),
+        ("nodes_of_the_host_stay", host::nodes_of_the_host_stay),
+        (
+            "null_streams_are_the_containers_own",
+            host::null_streams_are_the_containers_own,
+        ),
+        ("places_in_a_read_only_root", host::places_in_a_read_only_root),
+        ("groups_and_home", host::groups_and_home),
+        ("calls_of_i386", host::calls_of_i386),
+        ("mounts_are_restricted", host::mounts_are_restricted),
         ("terminal", terminal),
         (
             "the_binary_cannot_be_overwritten",
