@@ -4,10 +4,9 @@
 //! server that is just ending closes the connection before it answered; the client then tries again until its
 //! deadline.
 
-use std::fs::{DirBuilder, File, OpenOptions};
+use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -45,8 +44,8 @@ enum Attempt {
 impl Client {
     /// Connects to the server of the store; starts one if there is none.
     pub fn connect(global: &Global) -> anyhow::Result<Self> {
-        let store = make_store(&global.store)?;
-        let run_dir = RunDir::open(&store)?;
+        let store = std::path::absolute(&global.store).context("store directory")?;
+        let run_dir = RunDir::make(&store)?;
         let deadline = Instant::now() + PATIENCE;
         loop {
             if let Attempt::Connected(client) = attempt(&run_dir, &store)? {
@@ -66,7 +65,7 @@ impl Client {
                 if let Attempt::Connected(client) = attempt(&run_dir, &store)? {
                     return Ok(client);
                 }
-                start(&store, global)?;
+                start(&store, &run_dir, global)?;
                 // It said that it accepts connections.
                 if let Attempt::Connected(client) = attempt(&run_dir, &store)? {
                     return Ok(client);
@@ -78,7 +77,7 @@ impl Client {
 
     /// Connects to the server of the store if there is one.
     pub fn connect_if_running(store: &Path) -> anyhow::Result<Option<Self>> {
-        let Ok(run_dir) = RunDir::open(store) else {
+        let Some(run_dir) = RunDir::open(store)? else {
             return Ok(None);
         };
         let deadline = Instant::now() + SILENCE;
@@ -177,22 +176,6 @@ pub fn log_path(store: &Path) -> PathBuf {
     store.join("run/daemon.log")
 }
 
-/// Makes the store's directories, private to root, and returns the absolute path of the store.
-fn make_store(store: &Path) -> anyhow::Result<PathBuf> {
-    let store = std::path::absolute(store).context("store directory")?;
-    let run = store.join("run");
-    match DirBuilder::new().recursive(true).mode(0o700).create(&run) {
-        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
-            bail!(
-                "{}: no permission; run peel as root, or choose another --store",
-                store.display()
-            )
-        }
-        result => result.with_context(|| format!("{}: cannot be made", run.display()))?,
-    }
-    Ok(store)
-}
-
 /// Connects and says hello.
 fn attempt(run_dir: &RunDir, store: &Path) -> anyhow::Result<Attempt> {
     let stream = match run_dir.connect() {
@@ -244,8 +227,8 @@ fn hello(connection: &mut Connection) -> Result<Response, Error> {
 }
 
 /// Starts a server and waits until it accepts connections. The caller holds [`START_LOCK`].
-fn start(store: &Path, global: &Global) -> anyhow::Result<()> {
-    let log = open_log(&log_path(store))?;
+fn start(store: &Path, run_dir: &RunDir, global: &Global) -> anyhow::Result<()> {
+    let log = run_dir.open_log()?;
     crate::sys::close_inherited_on_exec().context("close_range")?;
     let mut command = Command::new("/proc/self/exe");
     command
@@ -274,17 +257,6 @@ fn start(store: &Path, global: &Global) -> anyhow::Result<()> {
         ),
         reason => bail!("the server of the store did not start: {reason}"),
     }
-}
-
-/// The log goes on where the server before left it: what that one said last is what people look for. Its size is bounded
-/// by [`crate::logging`].
-fn open_log(path: &Path) -> anyhow::Result<File> {
-    OpenOptions::new()
-        .create(true)
-        .append(true)
-        .mode(0o600)
-        .open(path)
-        .with_context(|| format!("{}: cannot be written", path.display()))
 }
 
 /// Reads to the end of a pipe.

@@ -4,6 +4,7 @@
 //! * [`commands`]: one module per command.
 //! * [`server`]: the one process per store that loads images and keeps mounts; [`client`] finds or starts it;
 //!   [`protocol`] and [`wire`] are what the two say to each other.
+//! * [`store_dir`]: the store's directory, checked before anything of it is trusted.
 
 pub mod cli;
 pub mod client;
@@ -17,5 +18,6 @@ pub mod protocol;
 pub mod run_config;
 pub mod server;
 pub mod signals;
+pub mod store_dir;
 pub mod sys;
 pub mod wire;

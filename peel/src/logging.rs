@@ -1,9 +1,7 @@
 //! Log lines: on standard error for commands, into a bounded file of the store for the server.
 
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io::{self, IsTerminal, Seek, Write};
-use std::os::unix::fs::OpenOptionsExt;
-use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 
 use tracing_subscriber::EnvFilter;
@@ -44,13 +42,8 @@ pub fn to_stderr(verbose: u8, format: LogFormat) {
     };
 }
 
-/// Logs to the end of a file.
-pub fn to_file(path: &Path, verbose: u8, format: LogFormat) -> io::Result<()> {
-    let file = OpenOptions::new()
-        .create(true)
-        .append(true)
-        .mode(0o600)
-        .open(path)?;
+/// Logs to a file that was opened for appending.
+pub fn to_file(file: File, verbose: u8, format: LogFormat) {
     let writer = BoundedLog(Mutex::new(file));
     let default = "info";
     let builder = tracing_subscriber::fmt()
@@ -61,7 +54,6 @@ pub fn to_file(path: &Path, verbose: u8, format: LogFormat) -> io::Result<()> {
         LogFormat::Text => builder.try_init(),
         LogFormat::Json => builder.json().try_init(),
     };
-    Ok(())
 }
 
 /// A log file that starts over when it is full.
@@ -93,6 +85,8 @@ impl Write for &BoundedLog {
 
 #[cfg(test)]
 mod tests {
+    use std::fs::OpenOptions;
+
     use super::*;
 
     #[test]

@@ -11,10 +11,9 @@ mod connection;
 mod mounts;
 mod socket;
 
-use std::fs::{DirBuilder, File};
+use std::fs::File;
 use std::io::Write;
-use std::os::unix::fs::DirBuilderExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -133,41 +132,26 @@ impl Drop for ConnectionGuard {
 
 /// Runs `peel daemon` until it is idle or told to stop.
 pub fn run(global: &Global, args: &DaemonArgs) -> anyhow::Result<()> {
-    let root = prepare(&global.store)?;
+    let root = std::path::absolute(&global.store).context("store directory")?;
+    let run_dir = RunDir::make(&root)?;
     // Started through /proc/self/exe, it would show as "exe" in process lists. A name is a courtesy.
     let _ = rustix::thread::set_name(c"peel-server");
     if args.detached {
-        let log = root.join("run/daemon.log");
-        logging::to_file(&log, global.verbose, global.log_format)
-            .with_context(|| format!("{}: cannot be written", log.display()))?;
+        logging::to_file(run_dir.open_log()?, global.verbose, global.log_format);
         // The starter gives a new process that leads no group, so this cannot fail for the one documented reason.
         rustix::process::setsid().context("setsid")?;
         std::env::set_current_dir("/").context("/")?;
     } else {
         logging::to_stderr(global.verbose.max(1), global.log_format);
     }
-    let result = serve(&root, args);
+    let result = serve(&root, run_dir, args);
     if let Err(error) = &result {
         tracing::error!("{}", describe(error));
     }
     result
 }
 
-/// Makes the store directory and its `run` directory; returns the absolute path.
-fn prepare(store: &Path) -> anyhow::Result<PathBuf> {
-    let root = std::path::absolute(store).context("store directory")?;
-    for dir in [root.clone(), root.join("run")] {
-        DirBuilder::new()
-            .recursive(true)
-            .mode(0o700)
-            .create(&dir)
-            .with_context(|| format!("{}: cannot be made", dir.display()))?;
-    }
-    Ok(root)
-}
-
-fn serve(root: &Path, args: &DaemonArgs) -> anyhow::Result<()> {
-    let run_dir = RunDir::open(root)?;
+fn serve(root: &Path, run_dir: RunDir, args: &DaemonArgs) -> anyhow::Result<()> {
     let patience = if args.detached {
         PREDECESSOR
     } else {

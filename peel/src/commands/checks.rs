@@ -12,6 +12,7 @@ use serde::Serialize;
 use super::look::OpenImage;
 use crate::cli::Global;
 use peel_convert::diff_ids;
+use crate::store_dir::StoreDir;
 
 /// What the store knows of a layer as a whole.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -42,7 +43,8 @@ pub(super) enum Check {
 pub(super) fn checks(global: &Global, open: &OpenImage) -> Vec<Check> {
     let verdicts = global.store.join("records/verdicts");
     let are_there = std::fs::read_dir(verdicts).is_ok_and(|mut verdicts| verdicts.next().is_some());
-    let Some(store) = are_there.then(|| Store::open(&global.store).ok()).flatten() else {
+    let known = are_there && StoreDir::open(&global.store).is_ok_and(|dir| dir.is_some());
+    let Some(store) = known.then(|| Store::open(&global.store).ok()).flatten() else {
         return Vec::new();
     };
     let (bytes, _) = match open.runtime.block_on(open.source.config(&open.image)) {

@@ -15,6 +15,7 @@ use serde::Serialize;
 use crate::cli::Global;
 use crate::client::{self, Client};
 use crate::describe::{describe, printable};
+use crate::store_dir::StoreDir;
 
 /// How much of a thing's absence matters.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -64,7 +65,7 @@ impl Finding {
 pub(super) fn run(global: &Global) -> anyhow::Result<ExitCode> {
     let store_path = std::path::absolute(&global.store).context("store directory")?;
     let mut findings = vec![kernel(), privileges()];
-    match Store::open(&store_path) {
+    match StoreDir::make(&store_path).and_then(|_| Ok(Store::open(&store_path)?)) {
         Ok(store) => {
             findings.extend(probes(store.root()));
             findings.push(usage(&store));
@@ -73,7 +74,7 @@ pub(super) fn run(global: &Global) -> anyhow::Result<ExitCode> {
         }
         Err(error) => findings.push(Finding::missing(
             "store",
-            error.to_string(),
+            describe(&error),
             "run peel as root, or choose another directory with --store or PEEL_STORE",
         )),
     }

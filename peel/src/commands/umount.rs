@@ -10,12 +10,14 @@ use crate::cli::{Global, UmountArgs};
 use crate::client::Client;
 use crate::mount_records::{MountRecord, MountRecords, boot_id};
 use crate::mountinfo::{self, Mount};
+use crate::store_dir::StoreDir;
 
 /// Unmounts, then removes the mount's writable layer.
 pub(super) fn run(global: &Global, args: &UmountArgs) -> anyhow::Result<()> {
     let store = std::path::absolute(&global.store).context("store directory")?;
     let dir = resolve(&args.dir)?;
     let mount = mountinfo::at(&dir).context("/proc/self/mountinfo")?;
+    StoreDir::open(&store)?;
     let records = MountRecords::new(&store);
     let Some(record) = find(&records, &dir, mount.as_ref())? else {
         let what = match &mount {

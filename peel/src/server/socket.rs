@@ -3,16 +3,18 @@
 //! A unix socket's address holds 107 bytes. The path of a store may be longer, so both sides reach the socket through
 //! the descriptor of its directory: `/proc/self/fd/N/peel.sock`.
 
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io;
-use std::os::fd::AsRawFd;
-use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
-use rustix::fs::FlockOperation;
+use rustix::fs::{FlockOperation, OFlags};
+
+use crate::store_dir::{self, StoreDir};
 
 /// Name of the socket in the run directory.
 pub const SOCKET: &str = "peel.sock";
@@ -20,6 +22,9 @@ pub const SOCKET: &str = "peel.sock";
 pub const LOCK: &str = "daemon.lock";
 /// Held by a client while it starts a server.
 pub const START_LOCK: &str = "start.lock";
+
+/// The server's log.
+const LOG: &str = "daemon.log";
 
 /// How often a lock that somebody else has is tried.
 const LOCK_EVERY: Duration = Duration::from_millis(10);
@@ -32,11 +37,32 @@ pub struct RunDir {
 }
 
 impl RunDir {
-    /// Opens `<store>/run`.
-    pub fn open(store: &Path) -> anyhow::Result<Self> {
-        let path = store.join("run");
-        let dir = File::open(&path).with_context(|| format!("{}: cannot be opened", path.display()))?;
-        Ok(Self { dir, path })
+    /// Opens `<store>/run`, with the checks of [`StoreDir`]; what is missing is made.
+    pub fn make(store: &Path) -> anyhow::Result<Self> {
+        Ok(Self::of(store, StoreDir::make(store)?))
+    }
+
+    /// The same; `None` when there is no such store.
+    pub fn open(store: &Path) -> anyhow::Result<Option<Self>> {
+        Ok(StoreDir::open(store)?.map(|dir| Self::of(store, dir)))
+    }
+
+    fn of(store: &Path, dir: StoreDir) -> Self {
+        Self {
+            dir: dir.into_run(),
+            path: store.join("run"),
+        }
+    }
+
+    /// The server's log, for writing at its end. It goes on where the server before left it: what that one said last is
+    /// what people look for. Its size is bounded by [`crate::logging`].
+    pub fn open_log(&self) -> anyhow::Result<File> {
+        self.open_file(LOG, OFlags::WRONLY | OFlags::APPEND)
+    }
+
+    fn open_file(&self, name: &str, flags: OFlags) -> anyhow::Result<File> {
+        store_dir::open_file(self.dir.as_fd(), name, flags)
+            .with_context(|| format!("{}: cannot be written", self.path.join(name).display()))
     }
 
     /// Path of a file in the directory, short however long the store's path is. Valid in this process.
@@ -47,13 +73,7 @@ impl RunDir {
     /// Takes a lock of the directory, tried for as long as `patience`; it is held until the file is dropped.
     pub fn lock(&self, name: &str, patience: Duration) -> anyhow::Result<File> {
         let path = self.path.join(name);
-        let file = OpenOptions::new()
-            .create(true)
-            .truncate(false)
-            .write(true)
-            .mode(0o600)
-            .open(&path)
-            .with_context(|| format!("{}: cannot be opened", path.display()))?;
+        let file = self.open_file(name, OFlags::WRONLY)?;
         let deadline = Instant::now() + patience;
         loop {
             match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
@@ -133,21 +153,14 @@ impl Listener {
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::DirBuilderExt;
-
     use super::*;
 
     #[test]
     fn a_store_with_a_long_path_has_a_socket() {
         let root = tempfile::tempdir().unwrap();
         let store = root.path().join("x".repeat(200)).join("y".repeat(200));
-        std::fs::DirBuilder::new()
-            .recursive(true)
-            .mode(0o700)
-            .create(store.join("run"))
-            .unwrap();
-        let listener = RunDir::open(&store).unwrap().listen().unwrap();
-        let client = RunDir::open(&store).unwrap();
+        let listener = RunDir::make(&store).unwrap().listen().unwrap();
+        let client = RunDir::open(&store).unwrap().unwrap();
         let _stream = client.connect().unwrap();
         assert!(listener.accept().is_some());
         listener.close();
@@ -158,8 +171,7 @@ mod tests {
     #[test]
     fn a_lock_has_one_holder() {
         let store = tempfile::tempdir().unwrap();
-        std::fs::create_dir(store.path().join("run")).unwrap();
-        let dir = RunDir::open(store.path()).unwrap();
+        let dir = RunDir::make(store.path()).unwrap();
         let held = dir.lock(LOCK, Duration::ZERO).unwrap();
         assert!(dir.is_locked(LOCK));
         drop(held);
