@@ -4,6 +4,7 @@ use std::io;
 use std::path::PathBuf;
 
 use peel_image::Digest;
+use rustix::io::Errno;
 
 /// Why an image could not be loaded or mounted.
 #[derive(Debug, thiserror::Error)]
@@ -127,6 +128,21 @@ impl Error {
     pub(crate) fn io(path: impl Into<PathBuf>, action: &'static str) -> impl FnOnce(io::Error) -> Self {
         let path = path.into();
         move |source| Self::Io { path, action, source }
+    }
+}
+
+impl Error {
+    /// Whether a mount failed because of what its file holds, or because the file is gone, and not because of the kernel or
+    /// of rights.
+    pub(crate) fn is_damaged_file_system(&self) -> bool {
+        let (Self::Mount { source, .. } | Self::Io { source, .. }) = self else {
+            return false;
+        };
+        // EINVAL: no superblock; EBADMSG: its checksum; EUCLEAN: an inode that cannot be; EIO: beyond the end of the file.
+        matches!(
+            Errno::from_io_error(source),
+            Some(Errno::INVAL | Errno::BADMSG | Errno::UCLEAN | Errno::IO | Errno::OPNOTSUPP | Errno::NOENT)
+        )
     }
 }
 

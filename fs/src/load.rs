@@ -24,7 +24,7 @@ use peel_image::lazy::Candidate;
 use peel_image::tree::Tree;
 use peel_image::{Digest, annotations};
 use peel_registry::{Blob, ImageName, ResolvedImage, Source, document};
-use peel_store::ImageRecord;
+use peel_store::{ImageRecord, Store};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 
@@ -36,6 +36,7 @@ use crate::fetch::prefetch::Segment;
 use crate::service::{Image, Shared, Sources};
 use crate::{LayerReport, LoadRequest, Progress, PullPolicy, verify};
 use known::Care;
+pub(crate) use known::rebuild;
 use layer::{Found, Indexed, LayerLoader};
 use memory::Memory;
 pub(crate) use whole::{PullFailure, inspect};
@@ -414,26 +415,8 @@ fn build(
         .unzip();
     let erofs = thread::scope(|scope| {
         let merged = scope.spawn(|| -> Result<PathBuf, Error> {
-            let tree = Tree::merge(&indexes).map_err(|source| Error::Tree {
-                image: job.image.clone(),
-                layer: usize::try_from(source.layer())
-                    .ok()
-                    .and_then(|layer| digests.get(layer).copied())
-                    .unwrap_or(record.manifest_digest),
-                source: Box::new(source),
-            })?;
-            tracing::debug!(image = %job.image, inodes = tree.inodes.len(), "layers merged");
-            let erofs = job
-                .shared
-                .engine
-                .store
-                .put_erofs_image(&record.manifest_digest, &tree)
-                .map_err(|source| Error::Unshowable {
-                    image: job.image.clone(),
-                    source,
-                })?;
-            tracing::debug!(image = %job.image, "EROFS image written");
-            Ok(erofs)
+            let store = &job.shared.engine.store;
+            put_tree(store, &job.image, &record.manifest_digest, &indexes, &digests)
         });
         let blobs = rest.iter().map(|(_, blob)| blob.as_ref());
         register(job, &indexes, blobs, order, early);
@@ -448,6 +431,33 @@ fn build(
         }
         drop((indexes, memory));
     });
+    Ok(erofs)
+}
+
+/// Merges the layers, whose digests are `layers`, and writes the EROFS image of their tree.
+fn put_tree(
+    store: &Store,
+    image: &str,
+    manifest: &Digest,
+    indexes: &[LayerIndex],
+    layers: &[Digest],
+) -> Result<PathBuf, Error> {
+    let tree = Tree::merge(indexes).map_err(|source| Error::Tree {
+        image: image.to_owned(),
+        layer: usize::try_from(source.layer())
+            .ok()
+            .and_then(|layer| layers.get(layer).copied())
+            .unwrap_or(*manifest),
+        source: Box::new(source),
+    })?;
+    tracing::debug!(image, inodes = tree.inodes.len(), "layers merged");
+    let erofs = store
+        .put_erofs_image(manifest, &tree)
+        .map_err(|source| Error::Unshowable {
+            image: image.to_owned(),
+            source,
+        })?;
+    tracing::debug!(image, "EROFS image written");
     Ok(erofs)
 }
 

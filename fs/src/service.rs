@@ -254,7 +254,7 @@ impl Service {
     /// by the caller, on the store's file system); `None` mounts read-only.
     pub fn mount(&self, image: &Arc<Image>, scratch: Option<&Path>) -> Result<MountedImage, Error> {
         let shared = &self.shared;
-        let tree = mount::erofs(&image.loaded.erofs)?;
+        let tree = shared.tree(&image.loaded)?;
         let overlay = mount::overlay(
             &image.loaded.manifest_digest.to_string(),
             tree.as_fd(),
@@ -290,6 +290,18 @@ impl Shared {
     /// The image that was loaded under this key, while somebody has it.
     pub(crate) fn live(&self, key: &str) -> Option<Arc<Image>> {
         lock(&self.images).get(key).and_then(Weak::upgrade)
+    }
+
+    /// Mounts the EROFS image of a known tree. One that the kernel finds damaged is made anew, if the store can.
+    fn tree(&self, loaded: &Loaded) -> Result<OwnedFd, Error> {
+        match mount::erofs(&loaded.erofs) {
+            Err(error) if error.is_damaged_file_system() => {
+                tracing::warn!(%error, "a damaged EROFS image");
+                let rebuilt = load::rebuild(&self.engine.store, &loaded.manifest_digest)?;
+                mount::erofs(&rebuilt.ok_or(error)?)
+            }
+            tree => tree,
+        }
     }
 
     fn stop(&self) {

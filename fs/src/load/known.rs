@@ -1,5 +1,6 @@
 //! Images that the store knows: mounted without a request and without reading their indexes first.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -12,7 +13,7 @@ use peel_store::{ImageRecord, Store};
 
 use super::layer::read_toc;
 use super::memory::Memory;
-use super::{Job, Loaded, candidate, diff_ids, order, prefetch_order, start_prefetch};
+use super::{Job, Loaded, candidate, diff_ids, order, prefetch_order, put_tree, start_prefetch};
 use crate::error::Error;
 use crate::fetch::Engine;
 use crate::fetch::layer::Layer;
@@ -60,7 +61,7 @@ pub(super) fn keep(
 /// was verified whole and is here; one with a layer that was found wrong is an error.
 pub(super) fn load(job: &Job, manifest: &Digest, care: Care) -> Result<Option<Loaded>, Error> {
     let store = &job.shared.engine.store;
-    let (Some(record), Some(erofs)) = (store.image(manifest)?, store.erofs_image(manifest)) else {
+    let Some(record) = store.image(manifest)? else {
         return Ok(None);
     };
     let invalid = |reason: String| Error::Manifest {
@@ -113,6 +114,17 @@ pub(super) fn load(job: &Job, manifest: &Digest, care: Care) -> Result<Option<Lo
             return Ok(None);
         }
     }
+    let erofs = match store.erofs_image(manifest) {
+        Some(erofs) => erofs,
+        None => match rebuild(store, manifest) {
+            Ok(Some(erofs)) => erofs,
+            Ok(None) => return Ok(None),
+            Err(error) => {
+                tracing::warn!(image = %job.image, %error, "the EROFS image of its tree is lost and cannot be made from the store");
+                return Ok(None);
+            }
+        },
+    };
     register(job, &parsed, &record)?;
     Ok(Some(Loaded {
         manifest_digest: *manifest,
@@ -121,6 +133,21 @@ pub(super) fn load(job: &Job, manifest: &Digest, care: Care) -> Result<Option<Lo
         reports,
         erofs,
     }))
+}
+
+/// Makes the EROFS image of a known image anew, in the place of one that is lost or damaged, from the indexes of its layers;
+/// `None` when the store lacks one of them.
+pub(crate) fn rebuild(store: &Store, manifest: &Digest) -> Result<Option<PathBuf>, Error> {
+    let Some(record) = store.image(manifest)? else {
+        return Ok(None);
+    };
+    let indexes = record.layers.iter().map(|key| store.layer(key));
+    let Some(indexes) = indexes.collect::<Result<Option<Vec<LayerIndex>>, _>>()? else {
+        return Ok(None);
+    };
+    let erofs = put_tree(store, &manifest.to_string(), manifest, &indexes, &record.layers)?;
+    tracing::warn!(%manifest, "the EROFS image of a known tree was lost or damaged; made anew");
+    Ok(Some(erofs))
 }
 
 /// Whether the store has every file of a layer.
