@@ -143,10 +143,30 @@ fn probes(store: &Path) -> Vec<Finding> {
             )];
         }
     };
-    let found = probe::all(&store.join("tmp"), &image);
+    let directory = store.join("tmp");
+    let mut found: Vec<Finding> = probe::all(&directory, &image).into_iter().map(finding).collect();
+    found.push(access_lists(probe::access_lists(&directory, &image)));
     // It lies below tmp/, which a server empties when it starts.
     let _ = std::fs::remove_file(&image);
-    found.into_iter().map(finding).collect()
+    found
+}
+
+/// A limit of every kernel so far, and none of the machine's: worth to be told, and no warning.
+fn access_lists(probe: Probe) -> Finding {
+    match probe.problem {
+        None => Finding::ok(probe.what, "works"),
+        Some(problem) => Finding {
+            what: probe.what.to_owned(),
+            state: State::Ok,
+            detail: format!("only on what something has changed before ({problem})"),
+            remedy: Some(
+                "where a program sets access lists (setfacl) on files of the image, let something change the file or directory \
+                 first, say `chmod u+r FILE` or `touch DIRECTORY`: the kernel's overlay refuses only what still lies in EROFS. \
+                 Lists that the image itself has are kept"
+                    .to_owned(),
+            ),
+        },
+    }
 }
 
 fn finding(probe: Probe) -> Finding {
@@ -172,18 +192,19 @@ fn finding(probe: Probe) -> Finding {
     }
 }
 
-/// The smallest EROFS image: one empty directory.
+/// A small EROFS image: an empty directory in the root.
 fn probe_image(store: &Path) -> anyhow::Result<PathBuf> {
-    let root = Entry {
-        path: EntryPath::root(),
+    let directory = |path| Entry {
+        path,
         metadata: Metadata {
             mode: 0o755,
             ..Metadata::default()
         },
         kind: EntryKind::Directory,
     };
+    let below = EntryPath::clean(probe::ACCESS_LIST_DIRECTORY.as_bytes())?;
     let tree = Tree::merge(&[LayerIndex {
-        entries: vec![root],
+        entries: vec![directory(EntryPath::root()), directory(below)],
         prefetch_end: None,
     }])?;
     let path = store.join(format!("tmp/probe-{}.erofs", std::process::id()));
