@@ -40,9 +40,6 @@ pub struct Cli {
     /// Flags of every command.
     #[command(flatten)]
     pub global: Global,
-    /// The same as --verbose; after `run` it is Docker's short form of --volume
-    #[arg(short = 'v', action = clap::ArgAction::Count)]
-    pub verbose_short: u8,
     /// What to do.
     #[command(subcommand)]
     pub command: Command,
@@ -81,8 +78,8 @@ pub struct Global {
         value_hint = ValueHint::FilePath
     )]
     pub authfile: Option<PathBuf>,
-    /// Say more on standard error; twice for everything
-    #[arg(long, global = true, action = clap::ArgAction::Count)]
+    /// Say more on standard error; twice for everything. After `run`, -v is Docker's short form of --volume
+    #[arg(short, long, global = true, action = clap::ArgAction::Count)]
     pub verbose: u8,
     /// Form of log lines on standard error
     #[arg(long, global = true, value_enum, default_value_t = LogFormat::Text, value_name = "FORMAT")]
@@ -181,15 +178,15 @@ pub struct PullArgs {
 #[derive(Debug, Args)]
 #[command(after_help = NAMES)]
 pub struct MountArgs {
+    /// Mount without a writable layer
+    #[arg(long)]
+    pub read_only: bool,
     /// Let set-user-id and set-group-id programs and file capabilities give their rights (the mount is nosuid otherwise)
     #[arg(long)]
     pub suid: bool,
     /// Let device nodes be opened (the mount is nodev otherwise)
     #[arg(long)]
     pub dev: bool,
-    /// Mount without a writable layer
-    #[arg(long)]
-    pub read_only: bool,
     /// How the image is loaded.
     #[command(flatten)]
     pub load: LoadArgs,
@@ -305,6 +302,90 @@ mod tests {
         assert_eq!(run.process.env, ["A=1"]);
         assert!(run.tty && run.interactive && !cli.global.json);
         assert_eq!(run.command, ["ls", "-l", "--json", "-e"]);
+    }
+
+    /// The flags that a help text lists, one or two a line: two spaces before a short one, six before a long one alone.
+    fn listed(help: &str) -> Vec<String> {
+        let short = |line: &str| line.starts_with("  -") && !line.starts_with("  --");
+        help.lines()
+            .filter(|line| short(line) || line.starts_with("      --"))
+            .flat_map(|line| {
+                let names = line.trim_start().split("  ").next().unwrap_or_default();
+                names
+                    .split([' ', ','])
+                    .filter(|word| word.starts_with('-'))
+                    .map(|word| {
+                        word.trim_end_matches('.')
+                            .split('[')
+                            .next()
+                            .unwrap_or_default()
+                            .to_owned()
+                    })
+                    .collect::<Vec<_>>()
+            })
+            .collect()
+    }
+
+    #[test]
+    fn every_flag_that_help_shows_is_taken() {
+        let mut cli = Cli::command();
+        cli.build();
+        let taken = |words: &[&str]| {
+            let parsed = Cli::try_parse_from(std::iter::once("peel").chain(words.iter().copied()));
+            parsed.map_or_else(
+                |error| error.kind() != clap::error::ErrorKind::UnknownArgument,
+                |_| true,
+            )
+        };
+        let of_every_command = listed(&cli.clone().render_long_help().to_string());
+        assert!(of_every_command.len() > 8, "{of_every_command:?}");
+        for flag in &of_every_command {
+            assert!(taken(&[flag]), "peel {flag}");
+        }
+        let commands = cli
+            .get_subcommands_mut()
+            .filter(|command| command.get_name() != "help");
+        for command in commands {
+            let name = command.get_name().to_owned();
+            for help in [command.render_help(), command.render_long_help()] {
+                let own = listed(&help.to_string());
+                assert!(own.contains(&"--verbose".to_owned()), "{name}: {own:?}");
+                for flag in own {
+                    assert!(taken(&[&name, &flag]), "peel {name} {flag}");
+                }
+            }
+            for flag in of_every_command
+                .iter()
+                .filter(|flag| !["-V", "--version"].contains(&flag.as_str()))
+            {
+                assert!(taken(&[&name, flag]), "peel {name} {flag}");
+            }
+        }
+    }
+
+    #[test]
+    fn verbose_is_v_but_after_run() {
+        for (line, verbose) in [
+            ("peel -v mount img dir", 1),
+            ("peel mount -v img dir", 1),
+            ("peel mount -vv img dir", 2),
+            ("peel mount img dir -v --verbose", 2),
+            ("peel --verbose mount img dir", 1),
+            ("peel doctor -vvv", 3),
+            ("peel -v run img", 1),
+            ("peel -vv run img", 2),
+            ("peel run --verbose --verbose img", 2),
+            ("peel run -v /a:/b img", 0),
+            ("peel -v run -v /a:/b img sh -v", 1),
+            ("peel run --verbose -v /a:/b img", 1),
+        ] {
+            let cli = Cli::try_parse_from(line.split(' ')).unwrap();
+            assert_eq!(cli.global.verbose, verbose, "{line}");
+            if let Command::Run(run) = &cli.command {
+                let binds = line.matches("-v /a:/b").count();
+                assert_eq!(run.volume.len(), binds, "{line}");
+            }
+        }
     }
 
     #[test]

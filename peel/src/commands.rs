@@ -37,7 +37,7 @@ const RUN_FAILED: u8 = 125;
 
 /// The whole program: parses the command line of this process and does what it says.
 pub fn main() -> ExitCode {
-    let mut cli = match Cli::try_parse() {
+    let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) => {
             // Help and versions go to standard output and are no failure.
@@ -53,7 +53,6 @@ pub fn main() -> ExitCode {
             };
         }
     };
-    cli.global.verbose = cli.global.verbose.saturating_add(cli.verbose_short);
     let global = &cli.global;
     if !matches!(cli.command, Command::Daemon(_)) {
         logging::to_stderr(global.verbose, global.log_format);

@@ -93,6 +93,10 @@ pub struct RunArgs {
     /// Write when it was resolved, mounted, ready and done, and what was fetched, as JSON
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
     pub timing_file: Option<PathBuf>,
+    /// Say more on standard error; twice for everything
+    // The global flag without its short form, which is --volume here.
+    #[arg(long, action = clap::ArgAction::Count, help_heading = "Options of every command")]
+    pub verbose: u8,
     /// Image to run
     pub image: String,
     /// Command and arguments instead of the image's
