@@ -163,11 +163,7 @@ fn contain(
         );
         libc::SIGTERM
     });
-    let stdin = (args.interactive && !args.tty).then(|| Way::of(std::io::stdin().as_fd(), false));
-    let (stdin, input) = match stdin.transpose()?.map(Way::ends) {
-        None => (None, None),
-        Some((stdin, input)) => (Some(stdin), input),
-    };
+    let stdin = (args.interactive && !args.tty).then(standard_input).transpose()?;
     // Whoever measures wants to see the first byte go by.
     let watched = args.timing_file.is_some() && !args.tty;
     let (stdout, output) = Way::of(std::io::stdout().as_fd(), watched)?.ends();
@@ -192,10 +188,6 @@ fn contain(
         screen.follow_size(&container)?;
     }
     let unused = FirstByte::new(Instant::now());
-    if let Some(to) = input {
-        // Not joined: it ends with this process, or earlier with its input.
-        relay::spawn("stdin", std::io::stdin(), File::from(to), &unused)?;
-    }
     let output = output
         .map(|from| relay::spawn("stdout", File::from(from), std::io::stdout(), first_byte))
         .transpose()?;
@@ -217,6 +209,17 @@ fn contain(
     Ok(exit.code())
 }
 
+/// What a container reads on standard input: this process', or a pipe that a thread fills from it.
+pub(super) fn standard_input() -> anyhow::Result<OwnedFd> {
+    let (inside, outside) = Way::of(std::io::stdin().as_fd(), false)?.ends();
+    if let Some(to) = outside {
+        let unused = FirstByte::new(Instant::now());
+        // Not joined: it ends with this process, or earlier with its input.
+        relay::spawn("stdin", std::io::stdin(), File::from(to), &unused)?;
+    }
+    Ok(inside)
+}
+
 /// How one of the standard streams reaches the container.
 enum Way {
     /// The same descriptor.
@@ -231,11 +234,13 @@ enum Way {
 }
 
 impl Way {
-    /// Pipes and sockets are handed on. A terminal or a file of the host is not: the program could read what is typed,
-    /// change the terminal's settings, or open the file anew through /proc/self/fd and truncate it. `copy`: not even a pipe.
+    /// Pipes and sockets are handed on. A terminal, a device, a file or a named pipe of the host is not: the program could
+    /// read what is typed, change the terminal's settings, give the file another mode or owner, or open it anew through
+    /// /proc/self/fd and truncate it. `copy`: not even a pipe.
     fn of(stream: BorrowedFd<'_>, copy: bool) -> anyhow::Result<Self> {
         let kind = FileType::from_raw_mode(rustix::fs::fstat(stream).context("standard stream")?.st_mode);
-        if !copy && matches!(kind, FileType::Fifo | FileType::Socket) {
+        let anonymous = kind == FileType::Socket || kind == FileType::Fifo && !is_named(stream)?;
+        if !copy && anonymous {
             return Ok(Self::Direct(duplicate(stream)?));
         }
         let (reader, writer) = std::io::pipe().context("pipe")?;
@@ -260,6 +265,14 @@ impl Way {
             Self::Through { inside, outside } => (inside, Some(outside)),
         }
     }
+}
+
+/// Whether a pipe has a name in a file system.
+fn is_named(pipe: BorrowedFd<'_>) -> anyhow::Result<bool> {
+    /// Magic number of the file system of the others (linux/magic.h).
+    const PIPEFS_MAGIC: u64 = 0x5049_5045;
+    let found = rustix::fs::fstatfs(pipe).context("standard stream")?;
+    Ok(u64::try_from(found.f_type) != Ok(PIPEFS_MAGIC))
 }
 
 fn duplicate(fd: BorrowedFd<'_>) -> anyhow::Result<OwnedFd> {

@@ -12,6 +12,7 @@ use peel_image::profile::{Profile, ProfileEntry};
 use peel_sandbox::{Container, Isolation, Overrides, Process, Stdio};
 
 use crate::cli::OptimizeArgs;
+use crate::commands::run::standard_input;
 use crate::protocol::Mounted;
 use crate::run_config;
 use crate::signals;
@@ -33,9 +34,9 @@ pub(super) fn run(args: &OptimizeArgs, mounted: &Mounted, root: OwnedFd) -> anyh
         network: args.net.into(),
         hostname: mounted.id.clone(),
         binds: Vec::new(),
-    };
         read_only: false,
         socketcall: run_config::is_i386(&mounted.config),
+    };
     let found = Arc::new(AtomicBool::new(false));
     let (stdio, outputs) = stdio(args)?;
     let marked = root.try_clone().context("mount")?;
@@ -125,11 +126,7 @@ fn overrides(args: &OptimizeArgs) -> anyhow::Result<Overrides> {
 
 /// What the container prints goes to standard error: standard output is for the digest.
 fn stdio(args: &OptimizeArgs) -> anyhow::Result<(Stdio, Vec<std::io::PipeReader>)> {
-    let stdin = args
-        .interactive
-        .then(|| std::io::stdin().as_fd().try_clone_to_owned())
-        .transpose()
-        .context("standard input")?;
+    let stdin = args.interactive.then(standard_input).transpose()?;
     let (out, stdout) = std::io::pipe().context("pipe")?;
     let (err, stderr) = std::io::pipe().context("pipe")?;
     let stdio = Stdio {
