@@ -340,7 +340,7 @@ mod tests {
                 "r1",
                 (|run, _| {
                     fs::create_dir(run).unwrap();
-                    chown(run, Some(OTHER), None).unwrap()
+                    chown(run, Some(OTHER), None).unwrap();
                 }) as fn(&Path, &Path),
             ),
             ("r2", |run, aim| symlink(aim, run).unwrap()),
