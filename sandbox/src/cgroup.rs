@@ -198,10 +198,9 @@ mod tests {
                     })
                 })
                 .collect();
-            for maker in makers {
-                maker.join().unwrap();
-            }
+            let made: Vec<_> = makers.into_iter().map(thread::ScopedJoinHandle::join).collect();
             done.store(true, Ordering::Relaxed);
+            assert!(made.iter().all(Result::is_ok));
         });
         // What a killed maker left goes with the next sweep, what lives stays, and a name that is taken is no obstacle.
         fs::create_dir(parent.path().join(format!("{PREFIX}dead"))).unwrap();
