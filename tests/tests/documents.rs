@@ -116,7 +116,7 @@ fn an_image_without_layers_is_empty() {
 fn what_is_refused_is_named() {
     let world = World::new();
     let image = layout(&world.dir("odd"), |_, config| {
-        config["rootfs"]["diff_ids"] = json!({})
+        config["rootfs"]["diff_ids"] = json!({});
     });
     let target = format!("oci:{}:x", world.path("odd-out").display());
     let dir = world.dir("root");
@@ -138,7 +138,7 @@ fn what_is_refused_is_named() {
 fn an_image_for_another_platform_is_taken_and_said() {
     let world = World::new();
     let image = layout(&world.dir("odd"), |_, config| {
-        config["architecture"] = "s390x".into()
+        config["architecture"] = "s390x".into();
     });
     let dir = world.dir("root");
     let output = world.run(&["mount", &image, dir.to_str().unwrap()]);

@@ -178,11 +178,11 @@ impl Session {
     /// section 15.4).
     pub(crate) fn next_hop(&self, call: &Call<'_>, response: &Response) -> Result<Option<Url>, Fault> {
         let reads = matches!(call.method, Method::GET | Method::HEAD);
-        let keeps = matches!(
-            response.status(),
-            StatusCode::TEMPORARY_REDIRECT | StatusCode::PERMANENT_REDIRECT
-        );
-        if !keeps && !(reads && is_redirect(response.status())) {
+        let followed = match response.status() {
+            StatusCode::TEMPORARY_REDIRECT | StatusCode::PERMANENT_REDIRECT => true,
+            status => reads && is_redirect(status),
+        };
+        if !followed {
             return Ok(None);
         }
         let mut next = self.location(call.what, response).map_err(Fault::fatal)?;
