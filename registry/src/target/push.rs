@@ -519,8 +519,16 @@ fn number(headers: &HeaderMap, name: &HeaderName) -> Option<u64> {
 /// `0-0` also for none, and no client sends a single byte.
 fn received(headers: &HeaderMap) -> Option<u64> {
     let range = headers.get(RANGE)?.to_str().ok()?;
-    let range = range.trim().strip_prefix("bytes=").unwrap_or(range.trim());
+    let range = range
+        .trim()
+        .trim_start_matches("bytes")
+        .trim_start_matches(['=', ' ']);
+    let (range, _) = range.split_once('/').unwrap_or((range, ""));
     let (first, last) = range.split_once('-')?;
+    // The last of no bytes, as arithmetic has it.
+    if (first.trim(), last.trim()) == ("0", "-1") {
+        return Some(0);
+    }
     match (first.trim(), last.trim().parse::<u64>().ok()?) {
         ("0", 0) => Some(0),
         ("0", last) => last.checked_add(1),
@@ -538,6 +546,9 @@ mod tests {
             ("0-0", Some(0)),
             ("0-9", Some(10)),
             ("bytes=0-9", Some(10)),
+            ("bytes 0-9/*", Some(10)),
+            (" 0-9/100", Some(10)),
+            ("0--1", Some(0)),
             ("5-9", None),
             ("0-", None),
             ("0-18446744073709551615", None),
