@@ -34,7 +34,7 @@ pub use options::{ClientOptions, Counters};
 pub use source::Source;
 pub use source::beside::TocImage;
 pub use source::blob::Blob;
-pub use source::platform::is_statement;
+pub use source::platform::{is_artifact, is_statement};
 pub use source::resolve::{ResolvedImage, ResolvedIndex};
 pub use target::{BlobUpload, Target, Upload};
 pub use toc::{IMAGE_TOCS_MAX, Room, TocBytes, TocRoom, fetch_toc, fetch_toc_into};

@@ -144,7 +144,7 @@ pub fn is_statement(entry: &Descriptor) -> bool {
 }
 
 /// Whether an entry says that it is something else than an image (image specification, "artifactType").
-pub(crate) fn is_artifact(entry: &Descriptor) -> bool {
+pub fn is_artifact(entry: &Descriptor) -> bool {
     entry
         .artifact_type()
         .as_ref()

@@ -4,7 +4,7 @@ use std::io::Write;
 
 use anyhow::{Context, bail};
 use bytes::Bytes;
-use peel_registry::{ResolvedImage, ResolvedIndex, Source, is_statement};
+use peel_registry::{ResolvedImage, ResolvedIndex, Source, is_artifact, is_statement};
 
 use crate::cli::{Global, PlatformArgs};
 use crate::commands::look::OpenImage;
@@ -137,12 +137,14 @@ async fn positions(
         chosen.dedup();
         return Ok(chosen);
     }
-    let (statements, images): (Vec<_>, Vec<_>) =
-        (0..manifests.len()).partition(|position| manifests.get(*position).is_some_and(is_statement));
+    let (statements, images): (Vec<_>, Vec<_>) = (0..manifests.len()).partition(|position| {
+        let entry = manifests.get(*position);
+        entry.is_some_and(|entry| is_statement(entry) || (is_artifact(entry) && entry.platform().is_none()))
+    });
     if !statements.is_empty() {
         let _ = writeln!(
             std::io::stderr(),
-            "peel: {} of {} entries of the index are attestations and left out: they describe the image that was",
+            "peel: {} of {} entries of the index are attestations or artifacts and left out: they describe the image that was",
             statements.len(),
             manifests.len()
         );
