@@ -59,10 +59,12 @@ pub(super) fn run(global: &Global, args: &LsArgs) -> anyhow::Result<()> {
         writeln!(out)?;
     } else {
         each(&tree, start, path, args.recursive, &mut |line| {
-            Ok(match args.long {
-                true => print_long(&mut out, &line)?,
-                false => writeln!(out, "{}", line.name)?,
-            })
+            if args.long {
+                print_long(&mut out, &line)?;
+            } else {
+                writeln!(out, "{}", line.name)?;
+            }
+            Ok(())
         })?;
     }
     Ok(out.flush()?)
