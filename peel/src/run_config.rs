@@ -8,7 +8,6 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, bail};
 use oci_spec::image::Config;
 use peel_registry::document;
-use serde::Deserialize;
 
 use crate::cli::ProcessArgs;
 
@@ -21,11 +20,7 @@ pub fn image_config(json: &str) -> anyhow::Result<Option<Config>> {
 /// Whether the image's programs are those of i386, by its configuration: they make sockets by `socketcall`
 /// ([`peel_sandbox::Isolation::socketcall`]).
 pub fn is_i386(json: &str) -> bool {
-    #[derive(Deserialize)]
-    struct Outer {
-        architecture: Option<String>,
-    }
-    serde_json::from_str::<Outer>(json).is_ok_and(|outer| outer.architecture.as_deref() == Some("386"))
+    document::configuration(json.as_bytes()).is_ok_and(|config| config.architecture == "386")
 }
 
 /// The variables that `--env-file` and `--env` name, in this order: `NAME=value`, or `NAME` for the caller's own.

@@ -18,7 +18,7 @@ const BUSYBOX: &str = "/bin/busybox";
 const OTHER: u32 = 65_534;
 
 /// An image that can run a shell, and that has a device and a set-user-id program.
-fn image(world: &World) -> (peel::demo::registry::Registry, String) {
+fn image(world: &World) -> (peel_testkit::registry::Registry, String) {
     let registry = world.registry();
     let busybox = fs::read(BUSYBOX).unwrap();
     let tar = Tar::new()

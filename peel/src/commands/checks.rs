@@ -11,8 +11,8 @@ use serde::Serialize;
 
 use super::look::OpenImage;
 use crate::cli::Global;
-use peel_convert::diff_ids;
 use crate::store_dir::StoreDir;
+use peel_convert::diff_ids;
 
 /// What the store knows of a layer as a whole.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]

@@ -19,9 +19,9 @@ use super::{convert, record};
 use crate::cli::{Global, LoadArgs, OptimizeArgs};
 use crate::client::Client;
 use crate::progress::LoadProgress;
+use crate::protocol::WritableLayer;
 use peel_convert::plan::{self, Plan};
 use peel_convert::{Settings, patterns};
-use crate::protocol::WritableLayer;
 
 /// Names without a file that are shown one by one.
 const SHOWN: usize = 10;
