@@ -163,7 +163,6 @@ fn run(root: &Root, script: &str) -> Vec<Access> {
         hostname: "box".to_owned(),
         binds: Vec::new(),
         read_only: false,
-        socketcall: false,
     };
     let mount = root.mount.try_clone().unwrap();
     let mut container = Container::create(mount, &process, &isolation, stdio).unwrap();

@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use bytes::Bytes;
 use peel_image::compression::{Guard, decoder};
-use peel_registry::document::{configuration, container_config};
+use peel_registry::document::container_config;
 use peel_registry::{Blob, ByteStream, ClientOptions, ImageName, Source};
 use peel_sandbox::{Container, Exit, Isolation, Network, Overrides, Process, Stdio};
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, ResolveFlags};
@@ -271,8 +271,6 @@ impl Unpacked {
             hostname: "demo".into(),
             binds: Vec::new(),
             read_only: false,
-            socketcall: configuration(self.config.as_bytes())
-                .is_ok_and(|config| config.architecture == "386"),
         };
         let (reader, writer) = io::pipe()?;
         let stdio = Stdio {

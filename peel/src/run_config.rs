@@ -17,12 +17,6 @@ pub fn image_config(json: &str) -> anyhow::Result<Option<Config>> {
         .map_err(|reason| anyhow::anyhow!("configuration of the image: {reason}"))
 }
 
-/// Whether the image's programs are those of i386, by its configuration: they make sockets by `socketcall`
-/// ([`peel_sandbox::Isolation::socketcall`]).
-pub fn is_i386(json: &str) -> bool {
-    document::configuration(json.as_bytes()).is_ok_and(|config| config.architecture == "386")
-}
-
 /// The variables that `--env-file` and `--env` name, in this order: `NAME=value`, or `NAME` for the caller's own.
 pub fn variables(args: &ProcessArgs) -> anyhow::Result<Vec<OsString>> {
     let mut all = Vec::new();
@@ -94,18 +88,6 @@ mod tests {
 
     fn strings(list: &[&str]) -> Vec<OsString> {
         list.iter().map(OsString::from).collect()
-    }
-
-    #[test]
-    fn programs_of_i386_are_told_by_the_configuration() {
-        for (text, expected) in [
-            (r#"{"architecture": "386"}"#, true),
-            (r#"{"architecture": "amd64"}"#, false),
-            (r#"{"architecture": null}"#, false),
-            ("{}", false),
-        ] {
-            assert_eq!(is_i386(text), expected, "{text}");
-        }
     }
 
     #[test]

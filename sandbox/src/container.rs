@@ -325,7 +325,6 @@ fn describe(process: &Process, isolation: &Isolation) -> Result<Setup, Error> {
         hostname: isolation.hostname.clone(),
         binds: isolation.binds.iter().map(bind).collect::<Result<_, Error>>()?,
         read_only: isolation.read_only,
-        socketcall: isolation.socketcall,
         cgroup: format!(
             "{}{}-{}",
             cgroup::PREFIX,

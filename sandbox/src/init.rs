@@ -218,7 +218,7 @@ fn prepare(
     }
     set_home(&mut env, &account.home);
     let program = program::Program::find(&setup.args, env)?;
-    let filter = seccomp::profile(setup.socketcall)
+    let filter = seccomp::profile()
         .map_err(|error| Failure::new(Kind::Step, format!("compiling the seccomp profile: {error}"), 0))?;
     seccompiler::apply_filter(&filter)
         .map_err(|error| Failure::new(Kind::Step, format!("installing the seccomp profile: {error}"), 0))?;

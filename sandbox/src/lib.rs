@@ -143,10 +143,6 @@ pub struct Isolation {
     /// The program finds its root read-only. Mount points, the places of binds and the working directory are made before
     /// that, so the root that is handed over should be writable; binds, /dev and the files from the host stay as they are.
     pub read_only: bool,
-    /// i386 programs may make sockets by `socketcall`. Its address family lies in memory, where the seccomp filter cannot
-    /// see it, so this gives them AF_ALG and AF_VSOCK too. For images of that architecture, whose C libraries know no other
-    /// way; it concerns x86-64 machines alone.
-    pub socketcall: bool,
 }
 
 /// Where standard input, output and error go. A process with a terminal has that instead, and these are closed.

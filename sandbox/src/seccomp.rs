@@ -39,8 +39,6 @@ const AF_VSOCK: u64 = 40;
 /// What `personality` may be asked for: Linux, Linux with 32-bit uname, both without address randomization changes
 /// (`UNAME26`), and the question for the present one.
 const PERSONALITIES: [u64; 5] = [0, 8, 0x2_0000, 0x2_0008, 0xffff_ffff];
-/// `SYS_SOCKET`: the first argument of a `socketcall` that makes a socket (linux/net.h).
-const SOCKETCALL_SOCKET: u32 = 1;
 
 /// Opcodes of linux/bpf_common.h: load the word at offset k of `seccomp_data`.
 const LOAD_WORD: u16 = 0x20;
@@ -59,28 +57,27 @@ const NO_SUCH_CALL: u32 = 0x0005_0000 | libc::ENOSYS.cast_unsigned();
 /// `SECCOMP_RET_KILL_PROCESS`.
 const KILL: u32 = 0x8000_0000;
 
-/// Where `seccomp_data` holds the call's number, its architecture, and the low half of its first argument.
+/// Where `seccomp_data` holds the call's number and its architecture.
 const NUMBER: u32 = 0;
 const ARCHITECTURE: u32 = 4;
-const FIRST_ARGUMENT: u32 = 16;
 /// What seccompiler puts before the rules: load the architecture, compare, kill. Sections are chosen here instead.
 const COMPILED_PREFIX: usize = 3;
 
-/// The profile for a kernel of this machine's architecture. `socketcall`: whether i386 programs may make sockets by
-/// `socketcall`, whose address family lies in memory where no filter sees it.
-pub(crate) fn profile(socketcall: bool) -> Result<BpfProgram, BackendError> {
-    profile_of(std::env::consts::ARCH, socketcall)
+/// The profile for a kernel of this machine's architecture. As in Docker's profile, i386 programs may make sockets by
+/// `socketcall`, whose address family lies in memory where no filter sees it: glibc for i386 knows no other way.
+pub(crate) fn profile() -> Result<BpfProgram, BackendError> {
+    profile_of(std::env::consts::ARCH)
 }
 
 /// The same for a kernel of any architecture that is known.
-fn profile_of(architecture: &str, socketcall: bool) -> Result<BpfProgram, BackendError> {
+fn profile_of(architecture: &str) -> Result<BpfProgram, BackendError> {
     let abis = Abi::of_kernel(architecture)
         .ok_or_else(|| BackendError::InvalidTargetArch(architecture.to_owned()))?;
     let mut program = vec![step(LOAD_WORD, ARCHITECTURE)];
     for abi in abis {
-        let mut section = section(*abi, socketcall)?;
+        let mut section = section(*abi)?;
         if *abi == Abi::X86_64 {
-            section = with_x32(section, self::section(Abi::X32, socketcall)?);
+            section = with_x32(section, self::section(Abi::X32)?);
         }
         // The jumps of a section are relative, and one that is skipped leaves the architecture loaded.
         program.push(jump(JUMP_IF_EQUAL, abi.audit_architecture(), 1, 0));
@@ -104,8 +101,8 @@ fn with_x32(native: BpfProgram, x32: BpfProgram) -> BpfProgram {
 }
 
 /// What is done with the calls of one convention.
-fn section(abi: Abi, socketcall: bool) -> Result<BpfProgram, BackendError> {
-    let mut section = unknown_calls(abi, socketcall);
+fn section(abi: Abi) -> Result<BpfProgram, BackendError> {
+    let mut section = unknown_calls(abi);
     let rules = refused_calls(abi)?;
     section.extend(rules.into_iter().skip(COMPILED_PREFIX));
     Ok(section)
@@ -121,8 +118,8 @@ enum Goal {
     Rules,
 }
 
-/// ENOSYS for calls that are newer than the list, and for those whose arguments cannot be seen.
-fn unknown_calls(abi: Abi, socketcall: bool) -> BpfProgram {
+/// ENOSYS for calls that are newer than the list, and for `clone3`, whose flags cannot be seen.
+fn unknown_calls(abi: Abi) -> BpfProgram {
     let mut tests = Vec::new();
     for own in abi.numbers_beyond() {
         tests.push((JUMP_IF_AT_LEAST, *own.start(), Goal::Next, Goal::Second));
@@ -132,13 +129,6 @@ fn unknown_calls(abi: Abi, socketcall: bool) -> BpfProgram {
     tests.push((JUMP_IF_GREATER, last, Goal::NoSuchCall, Goal::Next));
     for clone3 in abi.numbers("clone3") {
         tests.push((JUMP_IF_EQUAL, clone3, Goal::NoSuchCall, Goal::Next));
-    }
-    if !socketcall {
-        for socketcall in abi.numbers("socketcall") {
-            tests.push((JUMP_IF_EQUAL, socketcall, Goal::Next, Goal::Rules));
-            tests.push((LOAD_WORD, FIRST_ARGUMENT, Goal::Next, Goal::Next));
-            tests.push((JUMP_IF_EQUAL, SOCKETCALL_SOCKET, Goal::NoSuchCall, Goal::Next));
-        }
     }
     let mut program = vec![step(LOAD_WORD, NUMBER)];
     let count = tests.len();

@@ -36,7 +36,6 @@ pub(crate) struct Setup {
     pub(crate) hostname: String,
     pub(crate) binds: Vec<Bind>,
     pub(crate) read_only: bool,
-    pub(crate) socketcall: bool,
     /// Name of the cgroup to make below the caller's own.
     pub(crate) cgroup: String,
 }

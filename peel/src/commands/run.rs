@@ -88,7 +88,6 @@ pub(super) fn run(global: &Global, args: &RunArgs) -> anyhow::Result<ExitCode> {
             .unwrap_or_else(|| mounted.id.clone()),
         binds,
         read_only: args.read_only,
-        socketcall: run_config::is_i386(&mounted.config),
     };
     let process = Process::from_image(run_config::image_config(&mounted.config)?.as_ref(), &overrides)?;
     let first_byte = FirstByte::new(begin);

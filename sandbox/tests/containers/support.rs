@@ -108,7 +108,6 @@ pub(crate) fn isolation() -> Isolation {
         hostname: "box".to_owned(),
         binds: Vec::new(),
         read_only: false,
-        socketcall: false,
     }
 }
 

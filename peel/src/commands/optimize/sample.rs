@@ -35,7 +35,6 @@ pub(super) fn run(args: &OptimizeArgs, mounted: &Mounted, root: OwnedFd) -> anyh
         hostname: mounted.id.clone(),
         binds: Vec::new(),
         read_only: false,
-        socketcall: run_config::is_i386(&mounted.config),
     };
     let found = Arc::new(AtomicBool::new(false));
     let (stdio, outputs) = stdio(args)?;
