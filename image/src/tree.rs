@@ -4,6 +4,7 @@
 //! Where the specification is silent, the result is what containerd's unpack into overlay directories gives:
 //!
 //! * A whiteout or an opaque mark acts on lower layers only, wherever in its layer it stands.
+//! * A hard link is one more name of what its target is at that time, whatever takes the target's place later.
 //! * A directory over a directory keeps the children and takes the new metadata; anything else replaces what was there.
 //! * Parents without an entry keep the lower layer's metadata, else they are 0755, root:root, mtime 0.
 //! * A path through a symbolic link of the same layer follows it, inside the tree; a symbolic link of a lower layer is
@@ -47,6 +48,42 @@ pub const TREE_MAX: u64 = 2 << 30;
 pub const STEPS_MAX: u64 = 300_000_000;
 /// Most symbolic links followed on one path (Linux `MAXSYMLINKS`).
 pub const SYMLINKS_MAX: u32 = 40;
+
+/// What begins the name of a whiteout.
+pub(crate) const WHITEOUT: &[u8] = b".wh.";
+/// The name of an opaque mark.
+pub(crate) const OPAQUE: &[u8] = b".wh..wh..opq";
+/// Names in the root directory that AUFS kept for itself. Hard links may lead into one of them, `.wh..wh.plnk`.
+const AUFS: &[u8] = b".wh..wh.";
+
+/// What the name of an entry makes of it, whatever its type.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Special<'a> {
+    /// Nothing.
+    No,
+    /// Hides all that lower layers have in its directory.
+    Opaque,
+    /// Hides this name of lower layers, which may be impossible.
+    Whiteout(&'a [u8]),
+    /// AUFS's own, which is there until its layer ends.
+    Aufs,
+}
+
+/// Tells what the name of an entry at this clean path makes of it.
+pub(crate) fn special(path: &[u8]) -> Special<'_> {
+    let start = path
+        .iter()
+        .rposition(|byte| *byte == b'/')
+        .map_or(0, |slash| slash + 1);
+    let name = path.get(start..).unwrap_or_default();
+    if name == OPAQUE {
+        return Special::Opaque;
+    }
+    if path.starts_with(AUFS) {
+        return Special::Aufs;
+    }
+    name.strip_prefix(WHITEOUT).map_or(Special::No, Special::Whiteout)
+}
 
 /// Names in the root directory that eStargz keeps for itself: two landmarks and the TOC.
 const HIDDEN: [&[u8]; 3] = [
@@ -294,6 +331,11 @@ impl TreeError {
 impl Tree {
     /// Merges `layers`, lowest first.
     pub fn merge(layers: &[LayerIndex]) -> Result<Self, TreeError> {
+        merge::merge(layers, merge::Limits::default())
+    }
+
+    /// As [`Tree::merge`], of layers that lie in different places.
+    pub(crate) fn merge_of<'a>(layers: impl IntoIterator<Item = &'a LayerIndex>) -> Result<Self, TreeError> {
         merge::merge(layers, merge::Limits::default())
     }
 

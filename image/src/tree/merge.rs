@@ -2,22 +2,18 @@
 //! Nothing here recurses, so the depth of a path costs no stack.
 
 use std::cell::Cell;
-use std::collections::{BTreeMap, HashSet, VecDeque};
+use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 
 use super::children::Children;
 use super::inherit::Inherited;
 use super::{
-    FileRef, HIDDEN, IMAGE_IMPLIED_MAX, IMPLIED_MAX, INODES_MAX, Inode, InodeId, InodeKind, STEPS_MAX,
-    SYMLINKS_MAX, TREE_MAX, Tree, TreeError, inode_cost,
+    AUFS, FileRef, HIDDEN, IMAGE_IMPLIED_MAX, IMPLIED_MAX, INODES_MAX, Inode, InodeId, InodeKind, STEPS_MAX,
+    SYMLINKS_MAX, Special, TREE_MAX, Tree, TreeError, inode_cost, special,
 };
 use crate::layer::{Device, Entry, EntryKind, FileContent, LayerIndex, Metadata};
 use crate::path::{EntryPath, PATH_MAX, components};
 use peel_hash::Digest;
 
-const WHITEOUT: &[u8] = b".wh.";
-const OPAQUE: &[u8] = b".wh..wh..opq";
-/// Names in the root directory that AUFS kept for itself. Hard links may lead into one of them, `.wh..wh.plnk`.
-const AUFS: &[u8] = b".wh..wh.";
 /// Attributes that steer overlayfs.
 const OVERLAY_XATTRS: &[u8] = b"trusted.overlay.";
 
@@ -57,22 +53,11 @@ impl Default for Limits {
     }
 }
 
-pub(super) fn merge(layers: &[LayerIndex], limits: Limits) -> Result<Tree, TreeError> {
-    let mut merger = Merger {
-        nodes: vec![Node {
-            layer: 0,
-            metadata: Inherited::Given(&IMPLIED),
-            kind: Kind::directory(ROOT, b""),
-        }],
-        layer: 0,
-        links: Vec::new(),
-        parent: None,
-        implied: 0,
-        implied_below: 0,
-        cost: 0,
-        steps: Cell::new(0),
-        limits,
-    };
+pub(super) fn merge<'a>(
+    layers: impl IntoIterator<Item = &'a LayerIndex>,
+    limits: Limits,
+) -> Result<Tree, TreeError> {
+    let mut merger = Merger::new(limits);
     for (number, layer) in (0_u32..).zip(layers) {
         merger.layer = number;
         merger.parent = None;
@@ -159,6 +144,24 @@ enum Role<'a> {
 }
 
 impl<'a> Merger<'a> {
+    fn new(limits: Limits) -> Self {
+        Self {
+            nodes: vec![Node {
+                layer: 0,
+                metadata: Inherited::Given(&IMPLIED),
+                kind: Kind::directory(ROOT, b""),
+            }],
+            layer: 0,
+            links: Vec::new(),
+            parent: None,
+            implied: 0,
+            implied_below: 0,
+            cost: 0,
+            steps: Cell::new(0),
+            limits,
+        }
+    }
+
     fn role(&self, entry: &'a Entry) -> Result<Role<'a>, TreeError> {
         let Some((parent, last)) = entry.path.parent_and_name() else {
             return Ok(Role::Ordinary);
@@ -166,34 +169,35 @@ impl<'a> Merger<'a> {
         if parent.is_empty() && HIDDEN.contains(&last) && !matches!(entry.kind, EntryKind::Directory) {
             return Ok(Role::Ignored);
         }
-        if last == OPAQUE {
-            return Ok(Role::Opaque);
-        }
-        // Links may lead to it, so it is there until the layer ends.
-        if entry.path.as_bytes().starts_with(AUFS) {
-            return Ok(Role::Ordinary);
-        }
-        match last.strip_prefix(WHITEOUT) {
-            None => Ok(Role::Ordinary),
-            Some(b"" | b"." | b"..") => Err(TreeError::Whiteout {
+        match special(entry.path.as_bytes()) {
+            // Links may lead to what AUFS kept for itself, so it is there until the layer ends.
+            Special::No | Special::Aufs => Ok(Role::Ordinary),
+            Special::Opaque => Ok(Role::Opaque),
+            Special::Whiteout(b"" | b"." | b"..") => Err(TreeError::Whiteout {
                 layer: self.layer,
                 path: entry.path.clone(),
             }),
-            Some(name) => Ok(Role::Whiteout(name)),
+            Special::Whiteout(name) => Ok(Role::Whiteout(name)),
         }
     }
 
     /// Takes away what the layer's whiteouts and opaque marks hide, before any of its own entries is there.
     fn hide(&mut self, layer: &'a LayerIndex) -> Result<(), TreeError> {
-        for entry in &layer.entries {
+        let detours = detours(layer, self.layer, self.limits);
+        for (index, entry) in layer.entries.iter().enumerate() {
             let role = self.role(entry)?;
             if !matches!(role, Role::Opaque | Role::Whiteout(_)) {
                 continue;
             }
             self.check_steps()?;
-            let mut parents = entry.path.components();
-            parents.next_back();
-            let directory = parents.try_fold(ROOT, |id, name| self.step(id, name));
+            let parent = match detours.get(&index) {
+                Some(parent) => parent,
+                None => entry
+                    .path
+                    .parent_and_name()
+                    .map_or(&b""[..], |(parent, _)| parent),
+            };
+            let directory = components(parent).try_fold(ROOT, |id, name| self.step(id, name));
             if let Some(children) = directory.and_then(|id| self.children_mut(id)) {
                 match role {
                     Role::Whiteout(name) => {
@@ -248,11 +252,11 @@ impl<'a> Merger<'a> {
                 return Ok(());
             }
             EntryKind::Hardlink(target) => {
-                let found = self.find(target).filter(|id| {
+                let is_leaf = |id: &u32| {
                     self.node(*id)
-                        .is_some_and(|node| node.layer == self.layer && matches!(node.kind, Kind::Leaf(..)))
-                });
-                match found {
+                        .is_some_and(|node| matches!(node.kind, Kind::Leaf(..)))
+                };
+                match self.find(target).filter(is_leaf) {
                     Some(id) => {
                         self.inherit(id, &entry.metadata);
                         id
@@ -368,6 +372,19 @@ impl<'a> Merger<'a> {
             };
         }
         Ok(directory)
+    }
+
+    /// The path of a directory.
+    fn path_of(&self, directory: u32) -> Vec<u8> {
+        let (mut names, mut id) = (Vec::new(), directory);
+        while id != ROOT
+            && let Some(Kind::Directory(directory)) = self.node(id).map(|node| &node.kind)
+        {
+            names.push(directory.name);
+            id = directory.parent;
+        }
+        names.reverse();
+        names.join(&b'/')
     }
 
     /// The node at the target of a hard link. Symbolic links on the way are followed, the last component is not.
@@ -645,6 +662,58 @@ impl<'a> Merger<'a> {
             _ => None,
         }
     }
+}
+
+/// Where the whiteouts and opaque marks lie that lead through symbolic links of their layer: their directories, by index.
+fn detours(layer: &LayerIndex, number: u32, limits: Limits) -> HashMap<usize, Vec<u8>> {
+    let is_mark = |entry: &Entry| {
+        matches!(
+            special(entry.path.as_bytes()),
+            Special::Opaque | Special::Whiteout(_)
+        )
+    };
+    let is_symlink = |entry: &&Entry| matches!(entry.kind, EntryKind::Symlink(_));
+    let links: HashSet<&[u8]> = layer
+        .entries
+        .iter()
+        .filter(is_symlink)
+        .map(|entry| entry.path.as_bytes())
+        .collect();
+    let leads_through = |entry: &Entry| {
+        let path = entry.path.as_bytes();
+        let slashes = path.iter().enumerate().filter(|(_, byte)| **byte == b'/');
+        slashes
+            .filter_map(|(at, _)| path.get(..at))
+            .any(|above| links.contains(above))
+    };
+    let mut found = HashMap::new();
+    let last = layer
+        .entries
+        .iter()
+        .rposition(|entry| !links.is_empty() && is_mark(entry) && leads_through(entry));
+    let Some(last) = last else {
+        return found;
+    };
+    // By itself a layer tells where its links led at that time. What is wrong with it will be found once more.
+    let mut alone = Merger::new(limits);
+    alone.layer = number;
+    for (index, entry) in layer.entries.iter().enumerate().take(last + 1) {
+        let outcome = match entry.path.parent_and_name() {
+            Some((directory, name)) if is_mark(entry) => {
+                let parent = alone.parent(entry, directory, name);
+                parent.map(|parent| {
+                    if leads_through(entry) {
+                        found.insert(index, alone.path_of(parent));
+                    }
+                })
+            }
+            _ => alone.apply(u32::try_from(index).unwrap_or(u32::MAX), entry),
+        };
+        if outcome.is_err() {
+            break;
+        }
+    }
+    found
 }
 
 /// The inode of a node, without the names that it has.

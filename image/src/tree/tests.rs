@@ -154,6 +154,15 @@ fn edge_cases() {
             ],
             "d bin, f bin/bar 1.1 x2, f bin/foo 1.1 x2, f bin/old 0.0",
         ),
+        // By way of a symbolic link of their layer, where it led at that time.
+        (
+            &["f r/x 1, f r/y 1, f q/x 1", "s s r, f s/.wh.x -, s s q"],
+            "d q, f q/x 0.2, d r, f r/y 0.1, s s q",
+        ),
+        (
+            &["f r/x 1, f q/x 1", "s s r, f s/.wh..wh..opq -, f r/z 1"],
+            "d q, f q/x 0.1, d r, f r/z 1.2, s s r",
+        ),
         // Opaque directories.
         (
             &["d a @1, f a/b 1, d a/c", "d a @2, f a/d 2, f a/.wh..wh..opq -"],
@@ -191,7 +200,7 @@ fn edge_cases() {
         (&["h c b, h b a, f a 1"], "f a 0.2 x3, f b 0.2 x3, f c 0.2 x3"),
         (&["f a 1, h b a, f a 2"], "f a 0.2, f b 0.0"),
         (&["f a 1", "h b a"], "f a 0.0 x2, f b 0.0 x2"),
-        (&["f a 1", "h b a, f a 2"], "f a 1.1 x2, f b 1.1 x2"),
+        (&["f a 1", "h b a, f a 2"], "f a 1.1, f b 0.0"),
         (&["f a 1, h b a", "f a 2"], "f a 1.0, f b 0.0"),
         (&["f a 1, h b a", "f .wh.a -"], "f b 0.0"),
         (&["f a 1, h b a", "h c b, f .wh.a -"], "f b 0.0 x2, f c 0.0 x2"),
@@ -636,14 +645,67 @@ impl Model {
         Ok(done)
     }
 
+    fn split(path: &EntryPath) -> Vec<String> {
+        path.components()
+            .map(|name| String::from_utf8(name.to_vec()).unwrap())
+            .collect()
+    }
+
+    /// Adds an entry, unless it is a whiteout or opaque mark. Returns where it lies.
+    fn enter(&mut self, number: usize, index: usize, entry: &Entry) -> Result<Vec<String>, ()> {
+        let path = self.walk(&Self::split(&entry.path), Some(number))?;
+        for length in 1..path.len() {
+            if !matches!(self.get(&path[..length]), Some((_, _, Shape::Directory))) {
+                self.put(&path[..length], number, 0, Shape::Directory);
+            }
+        }
+        if path.last().unwrap().starts_with(".wh.") {
+            return Ok(path);
+        }
+        let uid = entry.metadata.uid;
+        match &entry.kind {
+            EntryKind::Directory => match self.nodes.get(&path).map(|id| &mut self.arena[*id]) {
+                Some(node) if node.2 == Shape::Directory => (node.0, node.1) = (number, uid),
+                _ => self.put(&path, number, uid, Shape::Directory),
+            },
+            EntryKind::Symlink(target) => {
+                let target = String::from_utf8(target.to_vec()).unwrap();
+                self.put(&path, number, uid, Shape::Symlink(target));
+            }
+            EntryKind::Hardlink(target) => {
+                let target = Self::split(target);
+                let known = self
+                    .walk(&target, None)
+                    .ok()
+                    .and_then(|target| self.nodes.get(&target).copied());
+                match known.filter(|id| {
+                    let (_, _, shape) = &self.arena[*id];
+                    matches!(shape, Shape::File(..) | Shape::Symlink(_))
+                }) {
+                    Some(id) => {
+                        self.arena[id].1 = uid;
+                        self.remove(&path);
+                        self.nodes.insert(path.clone(), id);
+                    }
+                    None => self.put(&path, number, uid, Shape::Link(target)),
+                }
+            }
+            _ => self.put(&path, number, uid, Shape::File(number, index)),
+        }
+        Ok(path)
+    }
+
     fn apply(&mut self, number: usize, layer: &LayerIndex) -> Result<(), ()> {
-        let split = |path: &EntryPath| -> Vec<String> {
-            path.components()
-                .map(|name| String::from_utf8(name.to_vec()).unwrap())
-                .collect()
-        };
-        for entry in &layer.entries {
-            let mut path = split(&entry.path);
+        // Where symbolic links lead at that time, the layer by itself tells.
+        let mut alone = Some(Self::default());
+        for (index, entry) in layer.entries.iter().enumerate() {
+            let known = alone
+                .as_mut()
+                .and_then(|alone| alone.enter(number, index, entry).ok());
+            if known.is_none() {
+                alone = None;
+            }
+            let mut path = known.unwrap_or_else(|| Self::split(&entry.path));
             let name = path.pop().unwrap();
             if name == ".wh..wh..opq" {
                 self.nodes
@@ -654,45 +716,7 @@ impl Model {
             }
         }
         for (index, entry) in layer.entries.iter().enumerate() {
-            let path = self.walk(&split(&entry.path), Some(number))?;
-            for length in 1..path.len() {
-                if !matches!(self.get(&path[..length]), Some((_, _, Shape::Directory))) {
-                    self.put(&path[..length], number, 0, Shape::Directory);
-                }
-            }
-            if path.last().unwrap().starts_with(".wh.") {
-                continue;
-            }
-            let uid = entry.metadata.uid;
-            match &entry.kind {
-                EntryKind::Directory => match self.nodes.get(&path).map(|id| &mut self.arena[*id]) {
-                    Some(node) if node.2 == Shape::Directory => (node.0, node.1) = (number, uid),
-                    _ => self.put(&path, number, uid, Shape::Directory),
-                },
-                EntryKind::Symlink(target) => {
-                    let target = String::from_utf8(target.to_vec()).unwrap();
-                    self.put(&path, number, uid, Shape::Symlink(target));
-                }
-                EntryKind::Hardlink(target) => {
-                    let target = split(target);
-                    let known = self
-                        .walk(&target, None)
-                        .ok()
-                        .and_then(|target| self.nodes.get(&target).copied());
-                    match known.filter(|id| {
-                        let (of, _, shape) = &self.arena[*id];
-                        *of == number && matches!(shape, Shape::File(..) | Shape::Symlink(_))
-                    }) {
-                        Some(id) => {
-                            self.arena[id].1 = uid;
-                            self.remove(&path);
-                            self.nodes.insert(path, id);
-                        }
-                        None => self.put(&path, number, uid, Shape::Link(target)),
-                    }
-                }
-                _ => self.put(&path, number, uid, Shape::File(number, index)),
-            }
+            self.enter(number, index, entry)?;
         }
         // Links without their target yet: one after the other, as long as anything changes.
         let mut resolved = Vec::new();
