@@ -5,16 +5,23 @@
 //! DiffID names. So a right DiffID alone says nothing about what a lazy mount showed; only this comparison does.
 //! Called by the check of whole layers, with the index of the TOC and the one that [`crate::tar::index_tar`] gives.
 //!
-//! What counts is what a mount shows: names, types, owners, modes, times, attributes, contents, link targets. Files of
-//! the format itself (the TOC entry, landmarks) are left out. Times below a second count only where the table has them,
-//! because eStargz drops them; a time that no table can tell may be cut ([`time::may_tell`]). The entries may stand in another order where order means nothing.
+//! What counts is what a mount shows: names, types, owners, modes, times, attributes, contents, link targets, and what of lower layers
+//! shows. Files of the format itself (the TOC entry, landmarks) are left out. Times below a second count only where the table has
+//! them, because eStargz rounds them; a time that no table can tell may be cut ([`time::may_tell`]). Where the entries are not
+//! one by one the same, both views are run as a layer over one that has something at every path, and the trees are compared: a
+//! tar stream may hold entries that later ones replace, of which the table says only what is left.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::ops::Bound;
 
 use crate::estargz::{is_reserved, time};
-use crate::layer::{Entry, EntryKind, LayerIndex, Metadata};
+use crate::layer::{Entry, EntryKind, FileContent, LayerIndex, Metadata};
 use crate::path::EntryPath;
+use crate::tree::{InodeId, InodeKind, Special, Tree, special};
+use peel_hash::Digest;
+
+/// Name of what lower layers have in the directories of the comparison.
+const PROBE: &[u8] = b".wh-peel-probe";
 
 /// The first difference between the two views of a layer.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -44,7 +51,10 @@ pub fn compare(toc: &LayerIndex, tar: &LayerIndex) -> Result<(), Difference> {
         .iter()
         .filter(|entry| !is_reserved(entry.path.as_bytes()) || reserved.contains(&&entry.path))
         .collect();
-    Views { fine }.compare(&listed, &unpacked)
+    match (Views { fine }).compare(&listed, &unpacked) {
+        Some(outcome) => outcome,
+        None => Views { fine }.compare_trees(toc, tar),
+    }
 }
 
 struct Views {
@@ -53,40 +63,124 @@ struct Views {
 }
 
 impl Views {
-    fn compare(&self, toc: &[&Entry], tar: &[&Entry]) -> Result<(), Difference> {
+    /// Compares entry by entry; `None` where that does not tell.
+    fn compare(&self, toc: &[&Entry], tar: &[&Entry]) -> Option<Result<(), Difference>> {
         let same_order = toc.len() == tar.len() && toc.iter().zip(tar).all(|(toc, tar)| toc.path == tar.path);
         if same_order {
-            return toc
-                .iter()
-                .zip(tar)
-                .try_for_each(|(toc, tar)| self.entry(toc, tar));
+            let mut pairs = toc.iter().zip(tar);
+            return Some(pairs.try_for_each(|(toc, tar)| self.entry(toc, tar)));
         }
         let (listed, unpacked) = (by_path(toc)?, by_path(tar)?);
-        self.links_repeat(&listed)?;
-        self.links_repeat(&unpacked)?;
+        if !self.links_repeat(&listed) || !self.links_repeat(&unpacked) {
+            return None;
+        }
         for (path, entry) in &listed {
             match unpacked.get(path) {
-                None => return Err(differ(entry, "it is not in the tar stream")),
-                Some(tar) => self.entry(entry, tar)?,
+                None => return Some(Err(differ(entry, "it is not in the tar stream"))),
+                Some(tar) => {
+                    if let Err(difference) = self.entry(entry, tar) {
+                        return Some(Err(difference));
+                    }
+                }
             }
         }
-        match unpacked.iter().find(|(path, _)| !listed.contains_key(*path)) {
-            Some((_, entry)) => Err(differ(entry, "it is not in the table of contents")),
-            None => Ok(()),
+        Some(
+            match unpacked.iter().find(|(path, _)| !listed.contains_key(*path)) {
+                Some((_, entry)) => Err(differ(entry, "it is not in the table of contents")),
+                None => Ok(()),
+            },
+        )
+    }
+
+    /// Compares what both leave, over a layer that has something wherever one of them could hide it.
+    fn compare_trees(&self, toc: &LayerIndex, tar: &LayerIndex) -> Result<(), Difference> {
+        let lower = probes(&[toc, tar]);
+        let root = |what| Difference {
+            path: EntryPath::root(),
+            what,
+        };
+        match (Tree::merge_of([&lower, toc]), Tree::merge_of([&lower, tar])) {
+            (Ok(listed), Ok(unpacked)) => self.trees(&listed, &unpacked),
+            (Err(listed), Err(unpacked)) if listed == unpacked => Ok(()),
+            (Err(_), Err(_)) => Err(root("both are no trees, for different reasons")),
+            (Err(_), Ok(_)) => Err(root("the table of contents is no tree")),
+            (Ok(_), Err(_)) => Err(root("the tar stream is no tree")),
         }
     }
 
     /// Whether every hard link says what its target says: else their order decides.
-    fn links_repeat(&self, entries: &BTreeMap<&[u8], &Entry>) -> Result<(), Difference> {
-        for entry in entries.values() {
-            if let EntryKind::Hardlink(target) = &entry.kind
-                && let Some(target) = entries.get(target.as_bytes())
-                && self.metadata(&entry.metadata, &target.metadata).is_some()
-            {
-                return Err(differ(
-                    entry,
-                    "it changes the file that it is a hard link to, in another order",
-                ));
+    fn links_repeat(&self, entries: &BTreeMap<&[u8], &Entry>) -> bool {
+        entries.values().all(|entry| match &entry.kind {
+            EntryKind::Hardlink(target) => entries
+                .get(target.as_bytes())
+                .is_none_or(|target| self.metadata(&entry.metadata, &target.metadata).is_none()),
+            _ => true,
+        })
+    }
+
+    fn trees(&self, listed: &Tree, unpacked: &Tree) -> Result<(), Difference> {
+        let mut pending = vec![(EntryPath::root(), InodeId::ROOT, InodeId::ROOT)];
+        // Hard links are the same inode in both.
+        let (mut there, mut back) = (HashMap::new(), HashMap::new());
+        while let Some((path, left, right)) = pending.pop() {
+            let at = |what| {
+                Err(Difference {
+                    path: path.clone(),
+                    what,
+                })
+            };
+            if *there.entry(left).or_insert(right) != right || *back.entry(right).or_insert(left) != left {
+                return at("what it is a hard link to");
+            }
+            let (Some(one), Some(other)) = (listed.inode(left), unpacked.inode(right)) else {
+                return at("the inode");
+            };
+            if let Some(what) = self.metadata(&one.metadata, &other.metadata) {
+                return at(what);
+            }
+            match (&one.kind, &other.kind) {
+                (InodeKind::Directory(names), InodeKind::Directory(others)) => {
+                    let child = |name: &[u8]| path.join(name).unwrap_or_else(|_| path.clone());
+                    for (name, left) in names {
+                        match others.get(name) {
+                            Some(right) => pending.push((child(name), *left, *right)),
+                            None if **name == *PROBE => return at("what of lower layers it hides"),
+                            None => {
+                                let what = "it is not in the tar stream";
+                                return Err(Difference {
+                                    path: child(name),
+                                    what,
+                                });
+                            }
+                        }
+                    }
+                    match others.keys().find(|name| !names.contains_key(*name)) {
+                        None => {}
+                        Some(name) if **name == *PROBE => return at("what of lower layers it hides"),
+                        Some(name) => {
+                            let what = "it is not in the table of contents";
+                            return Err(Difference {
+                                path: child(name),
+                                what,
+                            });
+                        }
+                    }
+                }
+                (InodeKind::Regular(one), InodeKind::Regular(other)) if one.size != other.size => {
+                    return at("the size");
+                }
+                (InodeKind::Regular(one), InodeKind::Regular(other)) if one.object != other.object => {
+                    return at("the content");
+                }
+                (InodeKind::Regular(_), InodeKind::Regular(_)) => {}
+                (InodeKind::Symlink(one), InodeKind::Symlink(other)) if one != other => {
+                    return at("the target of the symbolic link");
+                }
+                (one, other) if std::mem::discriminant(one) != std::mem::discriminant(other) => {
+                    return at("the type");
+                }
+                (one, other) if one != other => return at("the device number"),
+                _ => {}
             }
         }
         Ok(())
@@ -148,11 +242,11 @@ impl Views {
 }
 
 /// The entries by path, where their order means nothing: every path once, and every parent that is there a directory.
-fn by_path<'a>(entries: &[&'a Entry]) -> Result<BTreeMap<&'a [u8], &'a Entry>, Difference> {
+fn by_path<'a>(entries: &[&'a Entry]) -> Option<BTreeMap<&'a [u8], &'a Entry>> {
     let mut map = BTreeMap::new();
     for entry in entries {
         if map.insert(entry.path.as_bytes(), *entry).is_some() {
-            return Err(differ(entry, "it stands there more than once, in another order"));
+            return None;
         }
     }
     // What lies below a path stands together in the map. To look at every parent of every path would take its length squared.
@@ -163,11 +257,66 @@ fn by_path<'a>(entries: &[&'a Entry]) -> Result<BTreeMap<&'a [u8], &'a Entry>, D
         let below = [leaf.path.as_bytes(), b"/"].concat();
         let from = (Bound::Included(below.as_slice()), Bound::Unbounded);
         let next = map.range::<[u8], _>(from).next();
-        if let Some((_, entry)) = next.filter(|(path, _)| path.starts_with(&below)) {
-            return Err(differ(entry, "it lies below a file, in another order"));
+        if next.is_some_and(|(path, _)| path.starts_with(&below)) {
+            return None;
         }
     }
-    Ok(map)
+    Some(map)
+}
+
+/// A layer that has a directory with a file in it at every path that the views name or hide, and a file where only a hard link
+/// leads.
+fn probes(views: &[&LayerIndex]) -> LayerIndex {
+    let entries = || views.iter().flat_map(|view| &view.entries);
+    let named = entries().filter_map(
+        |entry| match (special(entry.path.as_bytes()), entry.path.parent()) {
+            (Special::Whiteout(name), Some(parent)) => parent.join(name).ok(),
+            (Special::Opaque, parent) => parent,
+            _ => Some(entry.path.clone()),
+        },
+    );
+    let named: BTreeSet<EntryPath> = named.filter(|path| !path.is_root()).collect();
+    let targets = entries().filter_map(|entry| match &entry.kind {
+        EntryKind::Hardlink(target) => Some(target),
+        _ => None,
+    });
+    let is_parent = |path: &EntryPath| {
+        let below = path.join(b"\0").or_else(|_| path.join(b"\x01"));
+        below.is_ok_and(|below| {
+            let next = named.range(below..).next();
+            next.is_some_and(|next| {
+                next.as_bytes()
+                    .strip_prefix(path.as_bytes())
+                    .is_some_and(|rest| rest.starts_with(b"/"))
+            })
+        })
+    };
+    let free: BTreeSet<&EntryPath> = targets
+        .filter(|target| !target.is_root() && !named.contains(*target) && !is_parent(target))
+        .collect();
+    let file = |path| Entry {
+        path,
+        metadata: Metadata::default(),
+        kind: EntryKind::Regular(FileContent {
+            size: 1,
+            digest: Some(Digest::of(PROBE)),
+            chunks: Vec::new(),
+        }),
+    };
+    let mut lower: Vec<Entry> = Vec::with_capacity(named.len() * 2 + free.len());
+    for path in &named {
+        lower.push(Entry {
+            path: path.clone(),
+            metadata: Metadata::default(),
+            kind: EntryKind::Directory,
+        });
+        lower.extend(path.join(PROBE).ok().map(file));
+    }
+    lower.extend(free.into_iter().cloned().map(file));
+    LayerIndex {
+        entries: lower,
+        prefetch_end: None,
+    }
 }
 
 fn differ(entry: &Entry, what: &'static str) -> Difference {
@@ -301,9 +450,11 @@ mod tests {
         assert!(compare(&tar, &toc).is_err());
         assert!(compare(&tar, &layer(&[below, link()])).is_err());
         assert_eq!(compare(&toc, &toc), Ok(()));
-        let twice = layer(&[directory, file("b", b"1"), file("b", b"2")]);
+        let twice = layer(&[directory.clone(), file("b", b"1"), file("b", b"2")]);
         let once = layer(&[file("b", b"2"), entry("a", EntryKind::Directory)]);
-        assert!(compare(&twice, &once).is_err());
+        assert_eq!(compare(&once, &twice), Ok(()));
+        let other = layer(&[directory.clone(), file("b", b"2"), file("b", b"1")]);
+        assert_eq!(compare(&once, &other).unwrap_err().what, "the content");
         // The last link decides about the mode.
         let (a, mut strict) = (
             file("a", b"x"),
@@ -319,5 +470,60 @@ mod tests {
         let other = layer(&[a, loose, strict]);
         assert_eq!(compare(&one, &one), Ok(()));
         assert!(compare(&one, &other).is_err());
+    }
+
+    #[test]
+    fn a_stream_that_replaces_entries_is_compared_by_what_it_leaves() {
+        let path = |name: &str| EntryPath::clean(name.as_bytes()).unwrap();
+        let link = |name: &str, target: &str| entry(name, EntryKind::Hardlink(path(target)));
+        let dir = |name: &str| entry(name, EntryKind::Directory);
+        let symlink = |name: &str, target: &[u8]| entry(name, EntryKind::Symlink(target.into()));
+        let stream = layer(&[
+            file("a", b"one"),
+            link("l", "a"),
+            link("m", "l"),
+            file("a", b"two!"),
+        ]);
+        for (toc, what) in [
+            (vec![file("l", b"one"), link("m", "l"), file("a", b"two!")], None),
+            (
+                vec![link("m", "l"), link("l", "a"), file("a", b"two!")],
+                Some("the size"),
+            ),
+            (
+                vec![file("l", b"one"), file("m", b"one"), file("a", b"two!")],
+                Some("what it is a hard link to"),
+            ),
+            (
+                vec![file("m", b"one"), file("a", b"two!")],
+                Some("what it is a hard link to"),
+            ),
+        ] {
+            let found = compare(&layer(&toc), &stream)
+                .err()
+                .map(|difference| difference.what);
+            assert_eq!(found, what, "{toc:?}");
+        }
+        // What lower layers have below a directory that took the place of a file.
+        let stream = layer(&[file("d", b"x"), dir("d"), file("d/a", b"a")]);
+        let toc = layer(&[dir("d"), file("d/a", b"a")]);
+        assert_eq!(
+            compare(&toc, &stream).unwrap_err().what,
+            "what of lower layers it hides"
+        );
+        let toc = layer(&[dir("d"), file("d/a", b"a"), file(".wh.d", b"")]);
+        assert_eq!(compare(&toc, &stream), Ok(()));
+        let toc = layer(&[dir("d"), file("d/a", b"a"), file("d/.wh..wh..opq", b"")]);
+        assert_eq!(compare(&toc, &stream), Ok(()));
+        // By way of a symbolic link.
+        let stream = layer(&[dir("real"), symlink("s", b"real"), file("s/x", b"x")]);
+        let toc = layer(&[dir("real"), symlink("s", b"real"), file("real/x", b"x")]);
+        assert_eq!(compare(&toc, &stream), Ok(()));
+        // Links to lower layers.
+        let stream = layer(&[link("l", "low/file"), file("b", b"1"), file("b", b"2")]);
+        let toc = layer(&[file("b", b"2"), link("l", "low/file")]);
+        assert_eq!(compare(&toc, &stream), Ok(()));
+        let toc = layer(&[file("b", b"2"), link("l", "low/other")]);
+        assert!(compare(&toc, &stream).is_err());
     }
 }
