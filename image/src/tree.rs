@@ -50,15 +50,15 @@ pub const STEPS_MAX: u64 = 300_000_000;
 pub const SYMLINKS_MAX: u32 = 40;
 
 /// What begins the name of a whiteout.
-pub(crate) const WHITEOUT: &[u8] = b".wh.";
+pub const WHITEOUT: &[u8] = b".wh.";
 /// The name of an opaque mark.
-pub(crate) const OPAQUE: &[u8] = b".wh..wh..opq";
+pub const OPAQUE: &[u8] = b".wh..wh..opq";
 /// Names in the root directory that AUFS kept for itself. Hard links may lead into one of them, `.wh..wh.plnk`.
 const AUFS: &[u8] = b".wh..wh.";
 
 /// What the name of an entry makes of it, whatever its type.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Special<'a> {
+pub enum Special<'a> {
     /// Nothing.
     No,
     /// Hides all that lower layers have in its directory.
@@ -70,7 +70,7 @@ pub(crate) enum Special<'a> {
 }
 
 /// Tells what the name of an entry at this clean path makes of it.
-pub(crate) fn special(path: &[u8]) -> Special<'_> {
+pub fn special(path: &[u8]) -> Special<'_> {
     let start = path
         .iter()
         .rposition(|byte| *byte == b'/')
@@ -335,7 +335,7 @@ impl Tree {
     }
 
     /// As [`Tree::merge`], of layers that lie in different places.
-    pub(crate) fn merge_of<'a>(layers: impl IntoIterator<Item = &'a LayerIndex>) -> Result<Self, TreeError> {
+    pub fn merge_of<'a>(layers: impl IntoIterator<Item = &'a LayerIndex>) -> Result<Self, TreeError> {
         merge::merge(layers, merge::Limits::default())
     }
 

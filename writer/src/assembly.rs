@@ -10,6 +10,7 @@ use crossbeam_channel::{Receiver, Sender, bounded};
 
 use super::blob::{self, Blob};
 use super::coder::{ChunkCoder, Undo};
+use super::normal::{Change, Normal};
 use super::pack::each_zeros;
 use super::pool::Pool;
 use super::record::{Chunk, Entry, Record};
@@ -34,11 +35,16 @@ pub(super) struct Assembled<W> {
     pub(super) marks: Marks,
 }
 
+/// Where a record is, and which entry of the input it was; the landmark and what follows the last entry are none.
+pub(super) type Item = (Place, Option<u32>);
+
 /// The records in their final order.
 pub(super) struct Sequence<'a> {
-    pub(super) first: &'a [Place],
+    pub(super) first: &'a [Item],
     pub(super) landmark: Option<Place>,
-    pub(super) rest: &'a [Place],
+    pub(super) rest: &'a [Item],
+    /// How they differ from the input.
+    pub(super) normal: &'a Normal,
     /// Hash and length of the tar stream, where they are known already.
     pub(super) hashed: Option<(Hasher, u64)>,
 }
@@ -103,7 +109,8 @@ where
             }
         };
         let pool = Pool::start(scope, "layer-join", settings.threads, worker).map_err(WriteError::Thread)?;
-        let (messages, toc) = sink::start(scope, settings.shape)?;
+        let has_split = settings.split_file && sequence.normal.has_one_view();
+        let (messages, toc) = sink::start(scope, settings.shape, has_split)?;
         let (unhashed, hasher) = if needs_tar {
             let (unhashed, stretches) = bounded::<Vec<Stretch>>(settings.waiting());
             let hasher = thread::Builder::new()
@@ -124,7 +131,8 @@ where
             shared: Vec::new(),
             shared_end: 0,
             waiting: VecDeque::new(),
-            tables: Tables::new(settings, messages),
+            normal: sequence.normal,
+            tables: Tables::new(settings, has_split, messages),
             unwritten,
             blob_size: 0,
             unhashed,
@@ -244,7 +252,8 @@ fn finish_pieces(
 
 /// An entry some of whose chunks have no place yet.
 struct Waiting {
-    entry: Box<Entry>,
+    /// `None` if the TOC does not list it.
+    entry: Option<Box<Entry>>,
     record: Record,
     role: Role,
     places: Vec<Placed>,
@@ -263,6 +272,7 @@ struct Assembly<'s, S> {
     shared: Vec<usize>,
     shared_end: usize,
     waiting: VecDeque<Waiting>,
+    normal: &'s Normal,
     tables: Tables,
     unwritten: Sender<Vec<u8>>,
     /// Bytes of the blob so far.
@@ -272,14 +282,14 @@ struct Assembly<'s, S> {
 
 impl<S: Read + Seek> Assembly<'_, S> {
     fn add_all(&mut self, sequence: &Sequence<'_>) -> Result<(), WriteError> {
-        for place in sequence.first {
-            self.add(*place, Role::Prioritized)?;
+        for item in sequence.first {
+            self.add(*item, Role::Prioritized)?;
         }
         if let Some(landmark) = sequence.landmark {
-            self.add(landmark, Role::Landmark)?;
+            self.add((landmark, None), Role::Landmark)?;
         }
-        for place in sequence.rest {
-            self.add(*place, Role::Other)?;
+        for item in sequence.rest {
+            self.add(*item, Role::Other)?;
         }
         self.end_stream()?;
         self.send()?;
@@ -287,18 +297,39 @@ impl<S: Read + Seek> Assembly<'_, S> {
         if !self.waiting.is_empty() {
             return Err(WriteError::SpoolDamaged);
         }
+        for path in &self.normal.whiteouts {
+            let mut record = Record::listed(path)?;
+            if let Some(entry) = tables::describe(&mut record)? {
+                self.tables.add(&entry, &record, &[], Role::Other)?;
+            }
+        }
         Ok(())
     }
 
-    fn add(&mut self, place: Place, role: Role) -> Result<(), WriteError> {
+    fn add(&mut self, (place, index): Item, role: Role) -> Result<(), WriteError> {
         let mut record = self.spool.read_record(place).map_err(WriteError::Spool)?;
-        let entry = tables::describe(&mut record)?;
+        let change = index.and_then(|index| self.normal.changes.get(&usize::try_from(index).ok()?));
+        if let Some(Change::Renamed { path, link }) = change
+            && !self.normal.keeps_stream
+        {
+            record.rename(path, link.as_deref())?;
+        }
+        let mut entry = tables::describe(&mut record)?;
         let after = record.padding.take();
         let after = after.as_deref().unwrap_or_else(|| padding(record.size));
         let chunks = record.chunks.clone();
         self.tables.split(entry.as_deref(), &record, after)?;
         self.headers.append(&mut record.headers);
-        if let Some(entry) = entry {
+        if record.is_entry {
+            match change {
+                Some(Change::Hidden) => entry = None,
+                Some(Change::Renamed { path, link }) if self.normal.keeps_stream => {
+                    if let Some(entry) = &mut entry {
+                        entry.rename(path, link.as_deref())?;
+                    }
+                }
+                _ => {}
+            }
             // First of all: the first chunks of a large file may be placed before its last ones are handed out.
             self.waiting.push_back(Waiting {
                 entry,
@@ -407,8 +438,9 @@ impl<S: Read + Seek> Assembly<'_, S> {
     fn settle(&mut self) -> Result<(), WriteError> {
         let is_done = |waiting: &mut Waiting| waiting.places.len() == waiting.record.chunks.len();
         while let Some(done) = self.waiting.pop_front_if(is_done) {
-            self.tables
-                .add(&done.entry, &done.record, &done.places, done.role)?;
+            if let Some(entry) = &done.entry {
+                self.tables.add(entry, &done.record, &done.places, done.role)?;
+            }
         }
         Ok(())
     }

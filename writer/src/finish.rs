@@ -13,7 +13,7 @@ use peel_image::{annotations, media};
 
 /// The kind of TOC that stands in positions and footers of zstd:chunked: that of CRFS, as all of them.
 const MANIFEST_TYPE: u64 = 1;
-/// End of the footer of the stargz dialect.
+/// End of the footer of the stargz dialect, and of Podman's where there is no tar-split.
 const STARGZ_MAGIC: [u8; 8] = *b"GnUlInUx";
 /// End of the footer of Podman's dialect.
 const PODMAN_MAGIC: [u8; 8] = *b"GNUlInUx";
@@ -50,7 +50,8 @@ pub(super) fn finish<W: Write>(
             let text = format!("{position}:{length}:{}:{MANIFEST_TYPE}", toc.length);
             let checksum = Digest::of(&toc.data).to_string();
             let mut footer = vec![position, length, toc.length, MANIFEST_TYPE];
-            let magic = if let Some(split) = &toc.tar_split {
+            let mut magic = STARGZ_MAGIC;
+            if let Some(split) = &toc.tar_split {
                 let start = assembled.blob.write_skippable(&split.data)?;
                 let length = split.data.len() as u64;
                 footer.extend([start, length, split.length]);
@@ -58,14 +59,20 @@ pub(super) fn finish<W: Write>(
                     annotations::PODMAN_TARSPLIT_POSITION,
                     format!("{start}:{length}:{}", split.length),
                 );
-                note(annotations::PODMAN_MANIFEST_POSITION, text);
-                note(annotations::PODMAN_MANIFEST_CHECKSUM, checksum);
-                PODMAN_MAGIC
-            } else {
-                note(annotations::STARGZ_MANIFEST_POSITION, text);
-                note(annotations::STARGZ_MANIFEST_CHECKSUM, checksum);
-                STARGZ_MAGIC
+                magic = PODMAN_MAGIC;
+            }
+            let (of_position, of_checksum) = match settings.shape {
+                Shape::Podman => (
+                    annotations::PODMAN_MANIFEST_POSITION,
+                    annotations::PODMAN_MANIFEST_CHECKSUM,
+                ),
+                Shape::Estargz | Shape::StargzZstd => (
+                    annotations::STARGZ_MANIFEST_POSITION,
+                    annotations::STARGZ_MANIFEST_CHECKSUM,
+                ),
             };
+            note(of_position, text);
+            note(of_checksum, checksum);
             let mut bytes: Vec<u8> = footer.into_iter().flat_map(u64::to_le_bytes).collect();
             bytes.extend_from_slice(&magic);
             assembled.blob.write_skippable(&bytes)?;
@@ -113,6 +120,7 @@ pub(super) fn finish<W: Write>(
         not_found: Vec::new(),
         entries: 0,
         dropped: 0,
+        hidden: 0,
         file_ends,
     })
 }

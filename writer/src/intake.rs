@@ -9,6 +9,7 @@ use std::time::Duration;
 use crossbeam_channel::{Receiver, Sender, TryRecvError, bounded};
 
 use super::hashing::{Extent, Part, Work};
+use super::names::Kind;
 use super::outlet::Outlet;
 use super::pack::{Batch, Packed, Packer, Packing, Piece};
 use super::pool::Pool;
@@ -241,11 +242,15 @@ impl<O: Outlet> Running<'_, O> {
                 group_name: &entry.group_name,
             })?
         };
-        let link = match &entry.kind {
-            TarKind::Hardlink { target, .. } => Some(target),
-            _ => None,
+        let kind = match &entry.kind {
+            TarKind::Directory => Kind::Directory {
+                xattrs: number_of(&entry.metadata),
+            },
+            TarKind::Symlink(target) => Kind::Symlink(target),
+            TarKind::Hardlink { target, .. } => Kind::Hardlink(target.as_bytes()),
+            _ => Kind::Other,
         };
-        self.outlet.append_name(&entry.path, link)?;
+        self.outlet.append_name(&entry.path, kind)?;
         self.begin(headers, about, size)?;
         self.read_content(size, content, &entry.name)
     }
@@ -647,6 +652,19 @@ impl Cutter {
             splitter.forget_pending();
         }
     }
+}
+
+/// Stands for the names of the attributes; 0 for none.
+fn number_of(metadata: &Metadata) -> u64 {
+    if metadata.xattrs.is_empty() {
+        return 0;
+    }
+    let mut crc = Crc64::new();
+    for name in metadata.xattrs.keys() {
+        crc.update(name);
+        crc.update(&[0]);
+    }
+    crc.finish().max(1)
 }
 
 /// Whether other readers see the same entry in these headers: some take a file whose name ends in `/` for a directory, do not know

@@ -3,9 +3,10 @@
 //!
 //! ```text
 //! write -> intake:    tar entries; chunks -> pool (compress, hash) -> outlet
-//!          straight:  output;   TOC, tar-split, DiffID, blob digest               no entry moves, none is left out
+//!          straight:  output;   TOC, tar-split, DiffID, blob digest               no entry moves, none replaces another
 //!          spooled:   spool                                                       the order of the entries is open
-//!       -> order      prioritized files first, duplicates dropped
+//!       -> normal     what is left where entries replace others (replay runs them)
+//!       -> order      prioritized files first, with what they depend on
 //!       -> assembly:  spool -> pool (compress headers) -> output;   TOC, tar-split, DiffID, blob digest
 //! ```
 //!
@@ -17,9 +18,9 @@
 //!
 //! | format | what becomes of the tar stream |
 //! |---|---|
-//! | eStargz, zstd:chunked (stargz) | a landmark is added, an eStargz TOC too, what follows the last entry is left out; earlier entries of the same path, TOC and landmarks of the input are dropped |
+//! | eStargz, zstd:chunked (stargz) | a landmark is added, an eStargz TOC too, what follows the last entry is left out; what later entries replace, as `normal` says, and TOC and landmarks of the input are dropped |
 //! | eStargz with `keep_diff_id` | kept byte for byte, or an error |
-//! | zstd:chunked (Podman) | kept byte for byte, unless files move, or paths occur twice (the last one stays), or an entry means something else to Podman (GNU sparse files, global PAX headers, volume labels): such entries get new headers |
+//! | zstd:chunked (Podman) | kept byte for byte, unless files move, or entries replace others (`normal`), or an entry means something else to Podman (GNU sparse files, global PAX headers, volume labels): such entries get new headers |
 //! | gzip, zstd, plain | kept byte for byte, but for TOC and landmarks of an eStargz layer: [`mod@plain`] |
 //!
 //! Memory is bounded by the work in flight (below 100 MiB), the first 16 MiB of the spool where there is one (none of it with
@@ -33,14 +34,17 @@ mod coder;
 mod finish;
 mod hashing;
 mod intake;
+mod names;
+mod normal;
 pub mod order;
 mod outlet;
 mod pack;
 pub mod plain;
 mod pool;
 mod record;
-
+mod replay;
 mod room;
+mod seen;
 mod sink;
 mod spool;
 mod straight;
@@ -52,8 +56,9 @@ use std::collections::{BTreeMap, HashMap};
 use std::io::{self, Read, Seek, Write};
 use std::thread;
 
-use assembly::Sequence;
+use assembly::{Item, Sequence};
 use coder::Coding;
+use normal::{Normal, Rules};
 use order::{Missing, Order, Orphans, sort};
 use outlet::Spooled;
 use peel_hash::Digest;
@@ -93,17 +98,16 @@ pub struct Options {
     pub prioritized: Vec<Vec<u8>>,
     /// Whether prioritized files move although the layer has no entries for their parent directories.
     pub orphans: Orphans,
-    /// What becomes of entries whose path occurs again.
+    /// What becomes of entries that others replace.
     pub duplicates: Duplicates,
     /// Threads that compress; 0 for one per core. The output does not depend on it.
     pub threads: usize,
 }
 
-/// What becomes of entries of formats with a TOC whose path occurs again, but for `keep_diff_id`, which keeps them. The bytes of a blob
-/// do not depend on it.
+/// What is done about entries of formats with a TOC that others replace, or lead through. The bytes of a blob do not depend on it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Duplicates {
-    /// All but the last one are left out. Nothing comes out before the input has ended.
+    /// The blob says what is left in the end. Nothing comes out before the input has ended.
     #[default]
     Drop,
     /// The first one is an error, [`WriteError::Duplicate`], if no files are prioritized and chunks share no streams. The blob comes
@@ -220,8 +224,10 @@ pub struct Written {
     pub not_found: Vec<Missing>,
     /// Entries of the input that are in the blob.
     pub entries: u64,
-    /// Entries of the input that are not in the blob because a later one has the same path.
+    /// Entries of the input that are not in the blob because later ones took their places.
     pub dropped: u64,
+    /// Entries of the blob that its TOC does not list because later ones took their places.
+    pub hidden: u64,
     /// Where in the blob the bytes of each prioritized file end, parents and link targets included; files without bytes
     /// are not here.
     pub file_ends: HashMap<EntryPath, u64>,
@@ -273,10 +279,29 @@ pub enum WriteError {
     /// An entry's TOC cannot be written as JSON.
     #[error("the TOC cannot be written as JSON")]
     Json(#[from] serde_json::Error),
-    /// An earlier entry has to be left out, which [`Duplicates::Refuse`] does not allow.
-    #[error("{entry:?} occurs twice in the layer")]
+    /// The layer has to be run to its end to know what it leaves, which [`Duplicates::Refuse`] does not allow.
+    #[error("{entry:?} takes the place of an earlier entry of the layer, or leads through one")]
     Duplicate {
         /// The path.
+        entry: String,
+    },
+    /// No tool can unpack the layer.
+    #[error(
+        "entry {entry:?}: {what}; unpackers would refuse this layer, and no table of contents can describe it"
+    )]
+    Impossible {
+        /// The entry's path.
+        entry: String,
+        /// What is wrong.
+        what: &'static str,
+    },
+    /// The table of contents would not mean what the layer does: a fault of this writer.
+    #[error(
+        "entry {entry:?}: the table of contents would show something else than the layer leaves; convert this layer to gzip or \
+         zstd instead, and report this fault"
+    )]
+    Meaning {
+        /// The path that would differ.
         entry: String,
     },
     /// Readers would refuse the layer.
@@ -324,8 +349,8 @@ impl From<WorkerLost> for WriteError {
 }
 
 /// Turns the uncompressed tar stream `input` into a blob. `spool` is an empty temporary file; it stays smaller than the blob,
-/// holds nothing of use afterwards, and is not touched where nothing has to wait in it: by formats without a TOC, with
-/// `keep_diff_id`, and with [`Duplicates::Refuse`] as it says there. The whole of `input` is read, bytes after the end of the
+/// holds nothing of use afterwards, and is not touched where nothing has to wait in it: by formats without a TOC, and with
+/// [`Duplicates::Refuse`] as it says there. The whole of `input` is read, bytes after the end of the
 /// archive included. `output` is written from first to last byte while the blob is made and never read; after an error it may
 /// hold any part of a blob.
 pub fn write<R, S, W>(input: R, spool: S, output: W, options: &Options) -> Result<Written, WriteError>
@@ -345,7 +370,7 @@ where
         Format::Plain => plain::write(input, output, Coding::Plain, threads),
         Format::Estargz { .. } | Format::ZstdChunked { .. } => {
             let settings = Settings::new(options, threads)?;
-            let stays = settings.keeps_diff_id || options.duplicates == Duplicates::Refuse;
+            let stays = options.duplicates == Duplicates::Refuse;
             if stays && !settings.prioritized && settings.min_chunk_size == 0 {
                 let (assembled, entries) = straight::run(input, output, &settings)?;
                 let mut written = finish::finish(assembled, &settings, false)?;
@@ -385,29 +410,44 @@ where
     })?;
     let found = spooled.take_places(settings.landmark().is_some())?;
     let count = spooled.names.len();
-    let order = if settings.keeps_diff_id {
-        Order {
-            rest: (0..count).collect(),
-            ..Order::default()
+    let rules = Rules {
+        keeps_stream: settings.keeps_diff_id,
+        compares_names: settings.split_file,
+    };
+    let mut normal = Normal::of(&spooled.names, rules)?;
+    let order = {
+        let renamed = normal.names.take();
+        let names = renamed.as_ref().unwrap_or(&spooled.names);
+        if normal.is_movable && !settings.keeps_diff_id {
+            sort(names, &options.prioritized, options.orphans)
+        } else {
+            Order::unmoved(names.len(), &options.prioritized)
         }
-    } else {
-        sort(&spooled.names, &options.prioritized, options.orphans)
     };
+    let records = order.first.iter().chain(&order.rest);
+    normal.check(&spooled.names, records.filter_map(|index| normal.record(*index)))?;
     drop(spooled.names);
-    let places = |indices: &[usize]| -> Vec<_> {
-        let place = |index: &usize| found.entries.get(*index).copied();
-        indices.iter().filter_map(place).collect()
+    let items = |indices: &[usize]| -> Result<Vec<Item>, WriteError> {
+        let item = |index: &usize| {
+            let record = normal.record(*index)?;
+            Some((found.entries.get(record).copied()?, u32::try_from(record).ok()))
+        };
+        indices
+            .iter()
+            .map(|index| item(index).ok_or(WriteError::ThreadLost))
+            .collect()
     };
-    let (first, mut rest) = (places(&order.first), places(&order.rest));
+    let (first, mut rest) = (items(&order.first)?, items(&order.rest)?);
     let entries = first.len() + rest.len();
-    rest.extend_from_slice(&found.trailer);
+    rest.extend(found.trailer.iter().map(|place| (*place, None)));
     let missing = order.missing;
     drop((order.first, order.rest, found.entries));
     let sequence = Sequence {
         first: &first,
         landmark: found.landmark,
         rest: &rest,
-        hashed: hashed.filter(|_| first.is_empty() && entries == count),
+        normal: &normal,
+        hashed: hashed.filter(|_| first.is_empty() && entries == count && normal.keeps_all()),
     };
     let spool = spooled.spool.rewind().map_err(WriteError::Spool)?;
     let assembled = assembly::run(spool, output, settings, sequence)?;
@@ -415,6 +455,7 @@ where
     written.not_found = missing;
     written.entries = entries as u64;
     written.dropped = (count - entries) as u64;
+    written.hidden = normal.hidden;
     Ok(written)
 }
 

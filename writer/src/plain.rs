@@ -115,6 +115,7 @@ where
             not_found: Vec::new(),
             entries,
             dropped: 0,
+            hidden: 0,
             file_ends: HashMap::new(),
         })
     })

@@ -6,6 +6,8 @@ use serde::{Deserialize, Serialize};
 
 use super::WriteError;
 use peel_hash::Digest;
+use peel_image::layer::Metadata;
+use peel_image::tar::write::{NewEntry, encode_header};
 use peel_image::tar::{self, TarEntry, TarKind};
 
 /// One entry, or bytes of the tar stream that belong to none.
@@ -39,6 +41,40 @@ impl Record {
         let entry = tar::Reader::new(self.headers.as_slice()).next_entry()?;
         let entry = entry.ok_or(WriteError::SpoolDamaged)?;
         Entry::describe(&entry).map(|entry| Some(Box::new(entry)))
+    }
+
+    /// Gives the entry another path and, as a hard link, another target, in its headers.
+    pub(super) fn rename(&mut self, path: &[u8], link: Option<&[u8]>) -> Result<(), WriteError> {
+        let entry = tar::Reader::new(self.headers.as_slice()).next_entry()?;
+        let mut entry = entry.ok_or(WriteError::SpoolDamaged)?;
+        if let (Some(link), TarKind::Hardlink { raw, .. }) = (link, &mut entry.kind) {
+            *raw = link.into();
+        }
+        self.headers = encode_header(&NewEntry {
+            name: path,
+            metadata: &entry.metadata,
+            kind: &entry.kind,
+            user_name: &entry.user_name,
+            group_name: &entry.group_name,
+        })?;
+        self.entry = None;
+        Ok(())
+    }
+
+    /// The record of an empty file that only the TOC has.
+    pub(super) fn listed(path: &[u8]) -> Result<Self, WriteError> {
+        let headers = encode_header(&NewEntry {
+            name: path,
+            metadata: &Metadata::default(),
+            kind: &TarKind::Regular { size: 0 },
+            user_name: b"",
+            group_name: b"",
+        })?;
+        Ok(Self {
+            headers,
+            is_entry: true,
+            ..Self::default()
+        })
     }
 }
 
@@ -129,6 +165,25 @@ impl Kind {
 impl Entry {
     pub(super) fn is_regular(&self) -> bool {
         self.kind == Kind::Regular
+    }
+
+    /// Gives the entry another path and, as a hard link, another target.
+    pub(super) fn rename(&mut self, path: &[u8], link: Option<&[u8]>) -> Result<(), WriteError> {
+        let text = |bytes: &[u8], field: &'static str| {
+            String::from_utf8(bytes.to_vec()).map_err(|_| WriteError::NotUtf8 {
+                entry: self.name.clone(),
+                field,
+            })
+        };
+        let mut name = text(path, "the name")?;
+        if self.kind == Kind::Directory {
+            name.push('/');
+        }
+        if let Some(link) = link {
+            self.link = text(link, "the target")?;
+        }
+        self.name = name;
+        Ok(())
     }
 
     /// Describes an entry of a tar stream. Everything that a TOC holds as text must be UTF-8.

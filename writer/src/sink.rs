@@ -57,29 +57,30 @@ pub(super) struct TarSplit {
 
 pub(super) type Thread<'scope> = ScopedJoinHandle<'scope, Result<Toc, WriteError>>;
 
-/// Starts the thread.
+/// Starts the thread. `has_split`: it makes tar-split data too.
 pub(super) fn start<'scope>(
     scope: &'scope Scope<'scope, '_>,
     shape: Shape,
+    has_split: bool,
 ) -> Result<(Sender<Message>, Thread<'scope>), WriteError> {
     let (sender, messages) = bounded(WAITING);
     let thread = Builder::new()
         .name("layer-toc".to_owned())
-        .spawn_scoped(scope, move || run(&messages, shape))
+        .spawn_scoped(scope, move || run(&messages, shape, has_split))
         .map_err(WriteError::Thread)?;
     Ok((sender, thread))
 }
 
-fn run(messages: &Receiver<Message>, shape: Shape) -> Result<Toc, WriteError> {
+fn run(messages: &Receiver<Message>, shape: Shape, has_split: bool) -> Result<Toc, WriteError> {
     let mut json = Json::new(shape).map_err(WriteError::Compressor)?;
     json.write(shape.start())?;
     let split = || -> io::Result<_> {
         let encoder = zstd::stream::write::Encoder::new(Vec::new(), ZSTD_TOC_LEVEL)?;
         Ok(tar_split::Writer::new(Counted(encoder, 0)))
     };
-    let mut split = match shape {
-        Shape::Podman => Some(split().map_err(WriteError::Compressor)?),
-        Shape::Estargz | Shape::StargzZstd => None,
+    let mut split = match has_split {
+        true => Some(split().map_err(WriteError::Compressor)?),
+        false => None,
     };
     let mut is_exact = true;
     for message in messages {

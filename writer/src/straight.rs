@@ -1,20 +1,20 @@
 //! A blob whose entries stay in the order of the input: it comes out while the input is read, and nothing is spooled.
 //!
-//! It has the same bytes as one that went through the spool. That entries stay is known beforehand but for one thing: of
-//! entries with the same path only the last one counts. The first such path is an error, after which the caller begins
+//! It has the same bytes as one that went through the spool. That entries stay is known beforehand but for one thing: an entry
+//! may take the place of an earlier one, or lead through one. The first such entry is an error, after which the caller begins
 //! again through the spool; layers that have one are rare.
 
-use std::collections::HashSet;
-use std::hash::{BuildHasher, RandomState};
 use std::io::{Read, Write};
 use std::thread;
 
 use crossbeam_channel::{Receiver, Sender};
 
 use super::assembly::Assembled;
+use super::names::Kind;
 use super::outlet::Outlet;
 use super::pack::Packing;
 use super::record::Record;
+use super::seen::Seen;
 use super::tables::{self, Role, Tables};
 use super::toc::Placed;
 use super::{Settings, WriteError, blob, hashing, intake, sink};
@@ -28,15 +28,15 @@ where
     W: Write + Send,
 {
     thread::scope(|scope| {
-        let (messages, toc) = sink::start(scope, settings.shape)?;
+        let (messages, toc) = sink::start(scope, settings.shape, settings.split_file)?;
         let hash = hashing::start(scope, true, settings.waiting())?;
         let blob = blob::start(scope, output, hash.work.clone(), settings.waiting())?;
         let outlet = Straight {
-            tables: Tables::new(settings, messages),
+            tables: Tables::new(settings, settings.split_file, messages),
             unwritten: blob.unwritten,
             rooms: hash.rooms,
             size: 0,
-            seen: (!settings.keeps_diff_id).then(Seen::default),
+            seen: Seen::default(),
             entries: 0,
             next: settings.landmark().map_or(Role::Other, |_| Role::Landmark),
         };
@@ -67,8 +67,7 @@ struct Straight {
     rooms: Receiver<Vec<u8>>,
     /// Bytes of the blob so far.
     size: u64,
-    /// `None` where paths may occur twice.
-    seen: Option<Seen>,
+    seen: Seen,
     entries: u64,
     /// What the next entry is for.
     next: Role,
@@ -79,10 +78,9 @@ impl Outlet for Straight {
         Packing::Stream(self.rooms.clone())
     }
 
-    fn append_name(&mut self, path: &EntryPath, _: Option<&EntryPath>) -> Result<(), WriteError> {
+    fn append_name(&mut self, path: &EntryPath, kind: Kind<'_>) -> Result<(), WriteError> {
         self.entries += 1;
-        let is_new = self.seen.as_mut().is_none_or(|seen| seen.insert(path));
-        if is_new {
+        if self.seen.insert(path.as_bytes(), kind) {
             return Ok(());
         }
         Err(WriteError::Duplicate {
@@ -116,20 +114,5 @@ impl Outlet for Straight {
             .collect();
         let role = std::mem::replace(&mut self.next, Role::Other);
         self.tables.add(&entry, &record, &places, role)
-    }
-}
-
-/// The paths so far. Of each two hashes with keys of their own are kept, 16 bytes: no two paths of a layer have both in common.
-#[derive(Default)]
-struct Seen {
-    keys: [RandomState; 2],
-    hashes: HashSet<[u64; 2]>,
-}
-
-impl Seen {
-    /// `false` if it was there.
-    fn insert(&mut self, path: &EntryPath) -> bool {
-        let hashes = self.keys.each_ref().map(|key| key.hash_one(path.as_bytes()));
-        self.hashes.insert(hashes)
     }
 }

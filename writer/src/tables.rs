@@ -41,11 +41,12 @@ pub(super) struct Tables {
 }
 
 impl Tables {
-    pub(super) fn new(settings: &Settings, messages: Sender<Message>) -> Self {
+    /// `has_split`: tar-split data is made.
+    pub(super) fn new(settings: &Settings, has_split: bool, messages: Sender<Message>) -> Self {
         Self {
             renderer: Renderer::new(settings.shape, settings.chunk_size()),
             messages,
-            has_split: settings.split_file,
+            has_split,
             gap: Vec::new(),
             marks: Marks::default(),
         }

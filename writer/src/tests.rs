@@ -14,6 +14,7 @@ use peel_image::path::EntryPath;
 use peel_image::tar::{self, TarKind};
 
 mod formats;
+mod meaning;
 mod metadata;
 mod round_trip;
 
@@ -35,6 +36,30 @@ fn link(name: &str, target: &str) -> Made {
         target: EntryPath::clean(target.as_bytes()).unwrap(),
     };
     (name.into(), kind, Vec::new())
+}
+
+/// The entries without those that no tool could unpack.
+fn possible(made: Vec<Made>) -> Vec<Made> {
+    let mut made = made;
+    loop {
+        let mut names = names::Names::default();
+        for (name, kind, _) in &made {
+            let kind = match kind {
+                TarKind::Directory => names::Kind::Directory { xattrs: 0 },
+                TarKind::Symlink(target) => names::Kind::Symlink(target),
+                TarKind::Hardlink { target, .. } => names::Kind::Hardlink(target.as_bytes()),
+                _ => names::Kind::Other,
+            };
+            names.push(&EntryPath::clean(name.as_bytes()).unwrap(), kind);
+        }
+        match replay::run(&names) {
+            Ok(_) => return made,
+            Err(replay::Impossible::BelowFile(index) | replay::Impossible::TooDeep(index)) => {
+                made.remove(index);
+            }
+            Err(impossible) => panic!("{impossible:?}"),
+        }
+    }
 }
 
 fn metadata(mode: u16) -> Metadata {
@@ -86,7 +111,8 @@ fn convert(tar: &[u8], options: &Options) -> (Vec<u8>, Written) {
     let written = write(tar, tempfile::tempfile().unwrap(), &mut blob, options).unwrap();
     let mut again = Vec::new();
     match write(tar, tempfile::tempfile().unwrap(), &mut again, &refusing(options)) {
-        Err(WriteError::Duplicate { entry }) => assert!(written.dropped > 0, "{entry}"),
+        // Its meaning depends on the order: only the whole tells.
+        Err(WriteError::Duplicate { .. }) => {}
         outcome => assert_eq!((again == blob, &outcome.unwrap()), (true, &written)),
     }
     (blob, written)
@@ -141,21 +167,20 @@ fn check(blob: &[u8], written: &Written) {
     assert_eq!((last.name.as_ref(), json), (TOC_NAME.as_bytes(), toc.json));
     entries.retain(|(entry, _)| !peel_image::estargz::is_reserved(entry.path.as_bytes()));
     assert_eq!(entries.len() as u64, written.entries);
-    assert_eq!(entries.len(), index.entries.len());
-    for ((entry, content), indexed) in entries.iter().zip(&index.entries) {
-        assert_eq!(entry.path, indexed.path);
-        let mut metadata = entry.metadata.clone();
-        metadata.mtime += i64::from(metadata.mtime_nanoseconds >= 500_000_000);
-        metadata.mtime_nanoseconds = 0;
-        assert_eq!(metadata, indexed.metadata, "{}", entry.path);
+    let (unpacked, _) = tar::index_tar(tar.as_slice(), &mut tar::index::HashSink::default()).unwrap();
+    // Where hard links lead nowhere there is nothing to compare.
+    if peel_image::tree::Tree::merge(std::slice::from_ref(&unpacked)).is_ok() {
+        assert_eq!(peel_image::views::compare(&index, &unpacked), Ok(()));
+    }
+    for indexed in &index.entries {
         let EntryKind::Regular(FileContent { size, digest, chunks }) = &indexed.kind else {
             assert_eq!(TarKind::from(&indexed.kind).size(), 0);
             continue;
         };
-        assert_eq!(*size, content.len() as u64);
-        assert_eq!(*digest, Some(Digest::of(content)));
         let pieces: Vec<Vec<u8>> = chunks.iter().map(|chunk| decode(blob, chunk)).collect();
-        assert_eq!(pieces.concat(), *content, "{}", entry.path);
+        let content = pieces.concat();
+        assert_eq!(*size, content.len() as u64);
+        assert_eq!(*digest, Some(Digest::of(&content)), "{}", indexed.path);
         for (piece, chunk) in pieces.iter().zip(chunks) {
             assert_eq!(Digest::of(piece), chunk.digest);
         }
@@ -307,8 +332,8 @@ fn prioritized_files_come_first() {
         names(&blob),
         [
             "d/",
-            "t",
             "d/c",
+            "t",
             "d/a",
             ".prefetch.landmark",
             "d/b",
@@ -552,7 +577,7 @@ proptest! {
                 _ => file(name, &noise(*size, index as u64)),
             })
             .collect();
-        let tar = tar_of(&made);
+        let tar = tar_of(&possible(made));
         let options = Options {
             format: estargz(if chunk_size > 0 && chunk_size < 64 { 64 } else { chunk_size }, level),
             prioritized: paths.iter().map(|path| path.clone().into_bytes()).collect(),

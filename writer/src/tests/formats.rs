@@ -44,7 +44,7 @@ fn sharing(min_chunk_size: u64) -> Options {
     })
 }
 
-fn unzstd(data: &[u8]) -> Vec<u8> {
+pub(super) fn unzstd(data: &[u8]) -> Vec<u8> {
     zstd::stream::decode_all(data).unwrap()
 }
 
@@ -90,6 +90,14 @@ fn without_places(toc: &Value) -> Vec<Value> {
 
 /// Decodes every chunk that Podman's TOC names, and compares digests of chunks and files.
 pub(super) fn check_podman(blob: &[u8], written: &Written) {
+    if !written
+        .annotations
+        .contains_key(annotations::PODMAN_TARSPLIT_POSITION)
+    {
+        // Such a stream cannot be made again from names and contents.
+        assert!(written.hidden > 0, "{written:?}");
+        return;
+    }
     let (toc, split) = open_podman(blob, &written.annotations);
     assert_eq!(Digest::of(blob), written.blob_digest);
     let tar = unzstd(blob);
@@ -526,8 +534,8 @@ fn podman_gets_no_path_twice() {
     assert_eq!(
         names,
         [
-            b"./a".to_vec().into_boxed_slice(),
-            b"d/".to_vec().into_boxed_slice()
+            b"d/".to_vec().into_boxed_slice(),
+            b"./a".to_vec().into_boxed_slice()
         ]
     );
 }
@@ -662,8 +670,7 @@ fn the_spool_is_smaller_than_the_blob() {
                 written.blob_size
             );
             let has_spool = match format {
-                Format::Estargz { keep_diff_id, .. } => !keep_diff_id,
-                Format::ZstdChunked { .. } => true,
+                Format::Estargz { .. } | Format::ZstdChunked { .. } => true,
                 Format::Gzip { .. } | Format::Zstd { .. } | Format::Plain => false,
             };
             assert_eq!(size.get() > 0, has_spool);
