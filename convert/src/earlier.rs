@@ -23,6 +23,9 @@ pub const SOURCE: &str = "dev.peel.source.digest";
 /// versions of the programs.
 pub const RECIPE: &str = "dev.peel.source.options";
 
+/// Raised whenever the writer makes other bytes of the same input with the same options: what was made with another number is not
+/// used again.
+const WRITER: u32 = 2;
 /// Most images of the target's index that are looked at.
 const IMAGES_MAX: usize = 64;
 
@@ -163,7 +166,7 @@ fn key(descriptor: &Descriptor) -> Option<Key> {
 pub fn recipe(options: &Options, plan: Option<Digest>) -> Digest {
     let mut hasher = Hasher::new();
     let how = format!(
-        "peel {}\n{}\n{}\n{:?}\n",
+        "peel {} writer {WRITER}\n{}\n{}\n{:?}\n",
         env!("CARGO_PKG_VERSION"),
         options.format.compressor().unwrap_or_default(),
         format_text(options.format),

@@ -50,7 +50,7 @@ impl Job {
             prioritized: self.first.iter().map(|path| path.as_bytes().to_vec()).collect(),
             // Many builders leave parent directories out of upper layers; their files must come first all the same.
             orphans: Orphans::Move,
-            // So that the layer is sent while it is read; the few that have some are read again.
+            // So that the layer is sent while it is read; the few in which entries replace others are read again.
             duplicates: Duplicates::Refuse,
             threads: settings.threads,
         }

@@ -29,7 +29,8 @@ pub struct Prioritized {
 pub struct Plan {
     /// By first access, every file once.
     pub files: Vec<Prioritized>,
-    /// Paths that are no regular file with content in the image: made while it ran, directories, empty files.
+    /// Paths that are no regular file with content in the image (made while it ran, directories, empty files), and those in
+    /// layers whose order must stay.
     pub left_out: usize,
 }
 
@@ -59,6 +60,7 @@ impl Plan {
     /// people write name links as well.
     pub fn new<'a>(tree: &Tree, layers: &[LayerIndex], paths: impl Iterator<Item = &'a EntryPath>) -> Self {
         let mut names: Vec<Option<HashSet<&EntryPath>>> = vec![None; layers.len()];
+        let fixed = fixed(layers);
         let mut seen = HashSet::new();
         let mut plan = Self::default();
         for (input, path) in paths.enumerate() {
@@ -66,7 +68,9 @@ impl Plan {
                 plan.left_out += 1;
                 continue;
             };
-            let Some(prioritized) = locate(file, path, input, layers, &mut names) else {
+            let prioritized = locate(file, path, input, layers, &mut names);
+            let prioritized = prioritized.filter(|file| !fixed.contains(&file.layer));
+            let Some(prioritized) = prioritized else {
                 plan.left_out += 1;
                 continue;
             };
@@ -76,6 +80,46 @@ impl Plan {
         }
         plan
     }
+}
+
+/// The layers with an entry below what is a symbolic link in a lower layer. Tools that unpack all layers into one tree put it
+/// where that link leads, and there the order of such a layer decides which of two entries stays.
+fn fixed(layers: &[LayerIndex]) -> HashSet<usize> {
+    let mut links: HashSet<&[u8]> = HashSet::new();
+    let mut fixed = HashSet::new();
+    for (number, layer) in layers.iter().enumerate() {
+        let mut parent: &[u8] = b"";
+        for entry in layer.entries.iter().filter(|_| !links.is_empty()) {
+            let target = match &entry.kind {
+                EntryKind::Hardlink(target) => Some(target),
+                _ => None,
+            };
+            let above = entry.path.parent_and_name().map_or(&b""[..], |(above, _)| above);
+            let is_new = std::mem::replace(&mut parent, above) != above;
+            if is_new && leads_through(above, &links)
+                || target
+                    .and_then(EntryPath::parent_and_name)
+                    .is_some_and(|(above, _)| leads_through(above, &links))
+            {
+                fixed.insert(number);
+                break;
+            }
+        }
+        let symlinks = layer
+            .entries
+            .iter()
+            .filter(|entry| matches!(entry.kind, EntryKind::Symlink(_)));
+        links.extend(symlinks.map(|entry| entry.path.as_bytes()));
+    }
+    fixed
+}
+
+/// Whether a clean path or one above it is among `links`.
+fn leads_through(path: &[u8], links: &HashSet<&[u8]>) -> bool {
+    let slashes = path.iter().enumerate().filter(|(_, byte)| **byte == b'/');
+    let ends = slashes.map(|(at, _)| at).chain([path.len()]);
+    ends.filter_map(|end| path.get(..end))
+        .any(|above| links.contains(above))
 }
 
 fn find<'a>(tree: &'a Tree, path: &EntryPath) -> Option<&'a FileRef> {
@@ -238,6 +282,37 @@ mod tests {
         assert_eq!(plan.files[0].path, path("usr/bin/dash"));
         assert_eq!(plan.files[0].content, path("usr/bin/sh"));
         assert_eq!((plan.of_layer(0).count(), plan.of_layer(1).count()), (1, 0));
+    }
+
+    #[test]
+    fn layers_that_lead_through_links_of_others_keep_their_order() {
+        let layer = |entries| LayerIndex {
+            entries,
+            prefetch_end: None,
+        };
+        let layers = vec![
+            layer(vec![
+                entry("s", EntryKind::Symlink(b"real".as_slice().into())),
+                file("x", "1"),
+            ]),
+            layer(vec![file("real/a", "2"), file("s/a", "3")]),
+            layer(vec![
+                entry("d/l", EntryKind::Hardlink(path("s/a"))),
+                file("y", "4"),
+            ]),
+            layer(vec![file("sx/b", "5"), file("z", "6")]),
+        ];
+        assert_eq!(fixed(&layers), HashSet::from([1, 2]));
+        let tree = Tree::merge(&layers).unwrap();
+        let record = ["x", "real/a", "s/a", "y", "z"].map(path);
+        let plan = Plan::new(&tree, &layers, record.iter());
+        let shown: Vec<_> = plan
+            .files
+            .iter()
+            .map(|file| (file.layer, file.path.to_string()))
+            .collect();
+        assert_eq!(shown, [(0, "/x".to_owned()), (3, "/z".to_owned())]);
+        assert_eq!(plan.left_out, 3);
     }
 
     #[test]
