@@ -76,6 +76,8 @@ pub(super) fn merge<'a>(
 struct Node<'a> {
     /// The layer that made or last changed it.
     layer: u32,
+    /// The last layer that linked to it.
+    linked: u32,
     metadata: Inherited<'a>,
     kind: Kind<'a>,
 }
@@ -148,6 +150,7 @@ impl<'a> Merger<'a> {
         Self {
             nodes: vec![Node {
                 layer: 0,
+                linked: 0,
                 metadata: Inherited::Given(&IMPLIED),
                 kind: Kind::directory(ROOT, b""),
             }],
@@ -259,6 +262,10 @@ impl<'a> Merger<'a> {
                 match self.find(target).filter(is_leaf) {
                     Some(id) => {
                         self.inherit(id, &entry.metadata);
+                        let layer = self.layer;
+                        if let Some(node) = self.node_mut(id) {
+                            node.linked = layer;
+                        }
                         id
                     }
                     None => {
@@ -323,14 +330,16 @@ impl<'a> Merger<'a> {
             };
             match &node.kind {
                 Kind::Directory(_) => stack.push((component, Some(id))),
-                _ if node.layer != self.layer => stack.push((component, None)),
+                _ if node.layer != self.layer && node.linked != self.layer => {
+                    stack.push((component, None));
+                }
                 Kind::Leaf(
                     Entry {
                         kind: EntryKind::Symlink(target),
                         ..
                     },
                     _,
-                ) => {
+                ) if node.layer == self.layer => {
                     followed += 1;
                     if followed > SYMLINKS_MAX {
                         return Err(TreeError::SymlinkLoop {
@@ -617,6 +626,7 @@ impl<'a> Merger<'a> {
         }
         self.nodes.push(Node {
             layer,
+            linked: layer,
             metadata: Inherited::Given(metadata),
             kind,
         });

@@ -278,6 +278,7 @@ fn impossible_layers_are_clear_errors() {
             "layer 0: /a/b lies below an entry of the same layer",
         ),
         (&["h a b, f b 1, f a/c 1"], "layer 0: /a/c lies below"),
+        (&["f b 1", "h a b, f a/c 1"], "layer 1: /a/c lies below"),
         (
             &["s a b, s b a, f a/x 1"],
             "layer 0: /a/x leads through more than 40 symbolic links",
@@ -585,6 +586,8 @@ struct Model {
     nodes: BTreeMap<Vec<String>, usize>,
     /// Layer, uid and kind.
     arena: Vec<(usize, u32, Shape)>,
+    /// The last layer that linked to each.
+    linked: BTreeMap<usize, usize>,
 }
 
 #[derive(Clone, PartialEq)]
@@ -624,7 +627,11 @@ impl Model {
             if todo.is_empty() {
                 break;
             }
+            let linked = self.nodes.get(&done).and_then(|id| self.linked.get(id));
             match self.get(&done) {
+                Some((of, ..)) if layer.is_some_and(|layer| layer != *of && linked == Some(&layer)) => {
+                    return Err(());
+                }
                 Some((of, _, Shape::Symlink(target))) if layer.is_none_or(|layer| layer == *of) => {
                     followed += 1;
                     if followed > 40 {
@@ -684,6 +691,7 @@ impl Model {
                 }) {
                     Some(id) => {
                         self.arena[id].1 = uid;
+                        self.linked.insert(id, number);
                         self.remove(&path);
                         self.nodes.insert(path.clone(), id);
                     }
