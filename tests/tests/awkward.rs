@@ -122,7 +122,60 @@ fn cases() -> Vec<Case> {
             &[t().file("p/x", b"x").entry("p", b'5', "", 0o700, b"")],
             Tree("p d700; p/x f=x"),
         ),
+        case(
+            "a directory over a file over a lower directory",
+            &[
+                t().dir("a").file("a/low", b"x"),
+                t().file("a", b"y").dir("a").file("a/x", b"x"),
+            ],
+            Tree("a d755; a/x f=x"),
+        ),
+        case(
+            "a directory over a file over a directory",
+            &[t()
+                .dir("a")
+                .file("a/y", b"y")
+                .file("a", b"z")
+                .dir("a")
+                .file("a/x", b"x")],
+            Tree("a d755; a/x f=x"),
+        ),
+        case(
+            "a file over a directory without an entry",
+            &[t().file("p/x", b"x").file("p", b"y")],
+            Tree("p f=y"),
+        ),
+        case(
+            "a file twice, by two spellings",
+            &[t().file("a", b"1").file("/a", b"2")],
+            Tree("a f=2"),
+        ),
         // Hard links.
+        case(
+            "a hard link to a file that is replaced",
+            &[t().file("a", b"one").hard_link("l", "a").file("a", b"two!")],
+            Tree("a f=two!; l f=one"),
+        ),
+        case(
+            "hard links to a file that is replaced by a directory",
+            &[t()
+                .file("a", b"one")
+                .hard_link("l", "a")
+                .hard_link("m", "l")
+                .dir("a")
+                .file("a/x", b"x")],
+            Tree("a d755; a/x f=x; l f=one n2; m f=one n2"),
+        ),
+        case(
+            "a hard link to a file of a replaced directory",
+            &[t().file("d/a", b"one").hard_link("l", "d/a").symlink("d", "x")],
+            Tree("d ->x; l f=one"),
+        ),
+        case(
+            "a hard link to a lower file that is replaced",
+            &[t().file("a", b"old"), t().hard_link("l", "a").file("a", b"new")],
+            Tree("a f=new; l f=old"),
+        ),
         case(
             "a hard link before its target",
             &[t().hard_link("l", "a").file("a", b"x")],
@@ -208,6 +261,11 @@ fn cases() -> Vec<Case> {
                 .entry("l", b'1', "s", 0o600, b"")],
             Tree("a f=x; l ->a u2:0; s ->a u2:0"),
         ),
+        case(
+            "a file below a hard link to a lower file",
+            &[t().file("a", b"x"), t().hard_link("l", "a").file("l/x", b"x")],
+            Refused("no directory"),
+        ),
         // Symbolic links.
         case(
             "symlinks with other modes",
@@ -233,6 +291,15 @@ fn cases() -> Vec<Case> {
             "a file below a symlink of a lower layer",
             &[t().dir("real").symlink("s", "real"), t().file("s/x", b"x")],
             Tree("real d755; s d755; s/x f=x"),
+        ),
+        case(
+            "a file below a symlink that is replaced",
+            &[t()
+                .dir("real")
+                .symlink("s", "real")
+                .file("s/x", b"x")
+                .file("s", b"y")],
+            Tree("real d755; real/x f=x; s f=y"),
         ),
         case(
             "a file below a file",
@@ -338,6 +405,40 @@ fn cases() -> Vec<Case> {
             "a whiteout of what the layer makes anew",
             &[t().file("a", b"old"), t().file("a", b"new").file(".wh.a", b"")],
             Tree("a f=new"),
+        ),
+        case(
+            "a whiteout before the directory that the layer makes anew",
+            &[
+                t().dir("a").file("a/low", b"x"),
+                t().file(".wh.a", b"").dir("a").file("a/x", b"x"),
+            ],
+            Tree("a d755; a/x f=x"),
+        ),
+        case(
+            "a whiteout in a directory that is not there",
+            &[t().file("a", b"x"), t().file("d/.wh.x", b"")],
+            Tree("a f=x; d d755"),
+        ),
+        case(
+            "a whiteout twice",
+            &[t().file("a", b"x"), t().file(".wh.a", b"").file(".wh.a", b"")],
+            Tree(""),
+        ),
+        case(
+            "a whiteout below a symlink of its layer",
+            &[
+                t().dir("r").file("r/x", b"x").file("r/y", b"y"),
+                t().dir("r").symlink("s", "r").file("s/.wh.x", b""),
+            ],
+            Tree("r d755; r/y f=y; s ->r"),
+        ),
+        case(
+            "an opaque mark before its directory",
+            &[
+                t().dir("o").file("o/low", b"x"),
+                t().file("o/.wh..wh..opq", b"").dir("o").file("o/x", b"x"),
+            ],
+            Tree("o d755; o/x f=x"),
         ),
         case(
             "a whiteout of nothing",
@@ -611,6 +712,58 @@ fn times_that_no_table_of_contents_can_tell() {
         let negative = if format.ends_with("podman") { -6 } else { -5 };
         let layer = Layer::written(&tar, options).unwrap();
         check(format, layer, [LAST, LAST, FIRST, negative]);
+    }
+    world.assert_sound();
+}
+
+/// How images are converted, and whether files come first.
+const CONVERSIONS: [(&str, bool); 7] = [
+    ("--estargz", false),
+    ("--estargz-external-toc --estargz-keep-diff-id", false),
+    ("--zstdchunked", false),
+    ("--zstdchunked --dialect stargz", false),
+    ("--gzip", false),
+    ("--estargz", true),
+    ("--zstdchunked", true),
+];
+
+#[test]
+fn what_depends_on_the_order_survives_every_conversion() {
+    let world = World::new();
+    let registry = world.registry();
+    let list = world.path("list");
+    fs::write(&list, "**\n").unwrap();
+    let words = [
+        "replaced",
+        "twice",
+        "over",
+        "anew",
+        "below a symlink",
+        "before its directory",
+    ];
+    let of_order = |case: &Case| words.iter().any(|word| case.name.contains(word));
+    for (number, case) in cases().into_iter().filter(of_order).enumerate() {
+        let layers: Vec<Layer> = case.layers.iter().map(|tar| Layer::plain(tar)).collect();
+        let name = push(&registry, "source", &format!("t{number}"), &layers);
+        for (format, (flags, is_reordered)) in CONVERSIONS.into_iter().enumerate() {
+            let what = format!("{} {flags}, reordered {is_reordered}", case.name);
+            let target = format!("{}/out{format}:t{number}", registry.addr());
+            let mut arguments = match is_reordered {
+                true => vec!["optimize", "--prefetch-list", list.to_str().unwrap()],
+                false => vec!["convert"],
+            };
+            arguments.extend(flags.split(' '));
+            arguments.extend([name.as_str(), &target]);
+            world.ok(&arguments);
+            let dir = world.dir("converted");
+            world.ok(&["mount", "--verify", "full", &target, dir.to_str().unwrap()]);
+            let found = listing(&dir);
+            world.umount(&dir);
+            match case.outcome {
+                Tree(expected) => assert_eq!(found, expected, "{what}"),
+                Refused(reason) => panic!("{what}: not refused ({reason})"),
+            }
+        }
     }
     world.assert_sound();
 }
