@@ -9,7 +9,7 @@ use std::time::Duration;
 use crossbeam_channel::{Receiver, Sender, TryRecvError, bounded};
 
 use super::hashing::{Extent, Part, Work};
-use super::names::Kind;
+use super::names::{Described, Kind};
 use super::outlet::Outlet;
 use super::pack::{Batch, Packed, Packer, Packing, Piece};
 use super::pool::Pool;
@@ -250,7 +250,8 @@ impl<O: Outlet> Running<'_, O> {
             TarKind::Hardlink { target, .. } => Kind::Hardlink(target.as_bytes()),
             _ => Kind::Other,
         };
-        self.outlet.append_name(&entry.path, kind)?;
+        self.outlet
+            .append_name(&entry.path, kind, comparable(&entry.metadata))?;
         self.begin(headers, about, size)?;
         self.read_content(size, content, &entry.name)
     }
@@ -651,6 +652,24 @@ impl Cutter {
         if let Self::Rolling(splitter) = self {
             splitter.forget_pending();
         }
+    }
+}
+
+fn comparable(metadata: &Metadata) -> Described {
+    let mut crc = Crc64::new();
+    crc.update(&metadata.uid.to_le_bytes());
+    crc.update(&metadata.gid.to_le_bytes());
+    crc.update(&metadata.mtime.to_le_bytes());
+    crc.update(&metadata.mtime_nanoseconds.to_le_bytes());
+    for (name, value) in &metadata.xattrs {
+        for part in [name, value] {
+            crc.update(&(part.len() as u64).to_le_bytes());
+            crc.update(part);
+        }
+    }
+    Described {
+        mode: metadata.mode,
+        rest: crc.finish(),
     }
 }
 

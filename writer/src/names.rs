@@ -19,12 +19,22 @@ pub enum Kind<'a> {
     Other,
 }
 
+/// The metadata of an entry, to be compared with that of another one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(super) struct Described {
+    /// Permissions, which mean nothing of a symbolic link.
+    pub(super) mode: u16,
+    /// Stands for all the rest.
+    pub(super) rest: u64,
+}
+
 /// The entries of a layer, in its order. All of it lies in one buffer, since layers of a million entries exist.
 #[derive(Debug, Default)]
 pub struct Names {
     bytes: Vec<u8>,
     /// Where in `bytes` each entry's path ends, and what follows it: one byte for the kind, and the target of a link.
     ends: Vec<(usize, usize)>,
+    metadata: Vec<Described>,
 }
 
 const DIRECTORY: u8 = b'd';
@@ -33,9 +43,17 @@ const HARDLINK: u8 = b'h';
 const OTHER: u8 = b'f';
 
 impl Names {
-    /// Adds an entry.
+    /// Adds an entry whose metadata is like that of all others.
     pub fn push(&mut self, path: &EntryPath, kind: Kind<'_>) {
         self.push_bytes(path.as_bytes(), kind);
+    }
+
+    /// Adds an entry and what its metadata is.
+    pub(super) fn push_entry(&mut self, path: &EntryPath, kind: Kind<'_>, metadata: Described) {
+        self.push_bytes(path.as_bytes(), kind);
+        if let Some(last) = self.metadata.last_mut() {
+            *last = metadata;
+        }
     }
 
     /// As [`Names::push`], with the bytes of a clean path.
@@ -56,6 +74,7 @@ impl Names {
         self.bytes.push(tag);
         self.bytes.extend_from_slice(target);
         self.ends.push((path_end, self.bytes.len()));
+        self.metadata.push(Described::default());
     }
 
     /// Number of entries.
@@ -90,6 +109,13 @@ impl Names {
             Some((&HARDLINK, target)) => Kind::Hardlink(target),
             _ => Kind::Other,
         }
+    }
+
+    /// Whether a hard link repeats the metadata of what it leads to.
+    pub(super) fn repeats(&self, link: usize, made: usize) -> bool {
+        let metadata = |index| self.metadata.get(index).copied().unwrap_or_default();
+        let (link, given) = (metadata(link), metadata(made));
+        link.rest == given.rest && (link.mode == given.mode || matches!(self.kind(made), Kind::Symlink(_)))
     }
 
     fn start(&self, index: usize) -> usize {

@@ -76,6 +76,17 @@ impl Normal {
         }
         drop(seen);
         let outcome = replay::run(names).map_err(|impossible| refusal(names, impossible))?;
+        // What is left of such a file would have the metadata of a header that may be left out.
+        if let Some((_, link)) = outcome
+            .links
+            .iter()
+            .find(|(made, link)| !names.repeats(*link, *made))
+        {
+            return Err(WriteError::Impossible {
+                entry: String::from_utf8_lossy(names.path(*link)).into_owned(),
+                what: "it gives the file that it is a hard link to other metadata, in a layer that names a path twice",
+            });
+        }
         let primaries = primaries(&outcome);
         let mut normal = if !rules.keeps_stream && can_be_left_out(&outcome) {
             Self::short(names, &outcome, &primaries)

@@ -4,7 +4,7 @@
 use std::io::{Read, Seek, Write};
 
 use super::WriteError;
-use super::names::{Kind, Names};
+use super::names::{Described, Kind, Names};
 use super::pack::Packing;
 use super::record::Record;
 use super::spool::{Place, Spool};
@@ -15,8 +15,13 @@ pub(super) trait Outlet {
     /// What the pool shall make of batches.
     fn packing(&self) -> Packing;
 
-    /// Takes path and kind of the next entry. What is no entry of the input has none.
-    fn append_name(&mut self, path: &EntryPath, kind: Kind<'_>) -> Result<(), WriteError>;
+    /// Takes path and kind of the next entry, and its metadata. What is no entry of the input has none.
+    fn append_name(
+        &mut self,
+        path: &EntryPath,
+        kind: Kind<'_>,
+        metadata: Described,
+    ) -> Result<(), WriteError>;
 
     /// Takes the next compressed bytes, and says where they start among all of them.
     fn append(&mut self, data: Vec<u8>) -> Result<u64, WriteError>;
@@ -80,8 +85,13 @@ impl<S: Read + Write + Seek> Outlet for Spooled<S> {
         }
     }
 
-    fn append_name(&mut self, path: &EntryPath, kind: Kind<'_>) -> Result<(), WriteError> {
-        self.names.push(path, kind);
+    fn append_name(
+        &mut self,
+        path: &EntryPath,
+        kind: Kind<'_>,
+        metadata: Described,
+    ) -> Result<(), WriteError> {
+        self.names.push_entry(path, kind, metadata);
         Ok(())
     }
 

@@ -25,6 +25,8 @@ pub(super) struct Outcome {
     pub(super) fresh: Vec<Vec<u8>>,
     /// Whether an entry led through a symbolic link.
     pub(super) has_detours: bool,
+    /// Of what shows and was linked to in its layer: the entry that made it, and one that linked to it, for each.
+    pub(super) links: Vec<(usize, usize)>,
 }
 
 /// A name that is there in the end.
@@ -67,6 +69,7 @@ pub(super) fn run(names: &Names) -> Result<Outcome, Impossible> {
         nodes: vec![Node::Directory(Box::default())],
         marks: Vec::new(),
         has_detours: false,
+        links: Vec::new(),
     };
     for index in 0..names.len() {
         replay.apply(names, index)?;
@@ -106,6 +109,8 @@ struct Replay<'a> {
     /// Directory, name and entry of each whiteout and opaque mark.
     marks: Vec<(u32, &'a [u8], usize)>,
     has_detours: bool,
+    /// The node and the entry of each link to something that was there.
+    links: Vec<(u32, usize)>,
 }
 
 impl<'a> Replay<'a> {
@@ -142,7 +147,10 @@ impl<'a> Replay<'a> {
                 let linked =
                     found.filter(|id| matches!(self.node(*id), Some(Node::Leaf(_) | Node::Symlink(..))));
                 match linked {
-                    Some(id) => id,
+                    Some(id) => {
+                        self.links.push((id, index));
+                        id
+                    }
                     None => self.add(Node::Pending(index))?,
                 }
             }
@@ -308,6 +316,15 @@ impl<'a> Replay<'a> {
                 });
             }
         }
+        let mut shown: Vec<usize> = outcome.names.iter().map(|shown| shown.made).collect();
+        shown.sort_unstable();
+        let links = self.links.iter().filter_map(|(id, link)| match self.node(*id)? {
+            Node::Leaf(made) | Node::Symlink(made, _) => Some((*made, *link)),
+            Node::Directory(_) | Node::Pending(_) => None,
+        });
+        outcome.links = links
+            .filter(|(made, _)| shown.binary_search(made).is_ok())
+            .collect();
         for (directory, name, entry) in &self.marks {
             if let Some(path) = paths.get(directory) {
                 let path = match path.as_slice() {

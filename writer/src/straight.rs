@@ -10,7 +10,7 @@ use std::thread;
 use crossbeam_channel::{Receiver, Sender};
 
 use super::assembly::Assembled;
-use super::names::Kind;
+use super::names::{Described, Kind};
 use super::outlet::Outlet;
 use super::pack::Packing;
 use super::record::Record;
@@ -78,7 +78,12 @@ impl Outlet for Straight {
         Packing::Stream(self.rooms.clone())
     }
 
-    fn append_name(&mut self, path: &EntryPath, kind: Kind<'_>) -> Result<(), WriteError> {
+    fn append_name(
+        &mut self,
+        path: &EntryPath,
+        kind: Kind<'_>,
+        _metadata: Described,
+    ) -> Result<(), WriteError> {
         self.entries += 1;
         if self.seen.insert(path.as_bytes(), kind) {
             return Ok(());

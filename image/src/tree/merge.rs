@@ -589,9 +589,11 @@ impl<'a> Merger<'a> {
         }
     }
 
-    /// Gives an inode the metadata of a link to it.
+    /// Gives an inode of this layer the metadata of a link to it. Tools that link to files of lower layers leave those as they
+    /// are.
     fn inherit(&mut self, id: u32, link: &Metadata) {
-        if let Some(node) = self.node_mut(id) {
+        let layer = self.layer;
+        if let Some(node) = self.node_mut(id).filter(|node| node.layer == layer) {
             let is_symlink =
                 matches!(node.kind, Kind::Leaf(entry, _) if matches!(entry.kind, EntryKind::Symlink(_)));
             node.metadata.apply(link, is_symlink);

@@ -188,11 +188,8 @@ fn edge_cases() {
             "f a 0.0 @3 x3, f b 0.0 @3 x3, f c 0.0 @3 x3",
         ),
         (&["h b a @2, f a 1 @1"], "f a 0.1 @1 x2, f b 0.1 @1 x2"),
-        (&["f a 1 @1", "h b a @2"], "f a 0.0 @2 x2, f b 0.0 @2 x2"),
-        (
-            &["f a 1 @1", "h b a @2, f a 2 @3"],
-            "f a 1.1 @3 x2, f b 1.1 @3 x2",
-        ),
+        (&["f a 1 @1", "h b a @2"], "f a 0.0 @1 x2, f b 0.0 @1 x2"),
+        (&["f a 1 @1", "h b a @2, f a 2 @3"], "f a 1.1 @3, f b 0.0 @1"),
         (&["f a 1 @1, h b a @2, f b 2 @3"], "f a 0.0 @2, f b 0.2 @3"),
         (&["f a 1 @1, h b a @2, f a 2 @3"], "f a 0.2 @3, f b 0.0 @2"),
         (&["s a x @1, h b a @2"], "s a x @2 x2, s b x @2 x2"),
@@ -690,7 +687,9 @@ impl Model {
                     matches!(shape, Shape::File(..) | Shape::Symlink(_))
                 }) {
                     Some(id) => {
-                        self.arena[id].1 = uid;
+                        if self.arena[id].0 == number {
+                            self.arena[id].1 = uid;
+                        }
                         self.linked.insert(id, number);
                         self.remove(&path);
                         self.nodes.insert(path.clone(), id);

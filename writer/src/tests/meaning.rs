@@ -297,3 +297,40 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn links_that_change_a_file_are_refused_where_paths_repeat() {
+    let tar = |modes: [u16; 2], last: &str| {
+        let mut writer = tar::write::Writer::new(Vec::new());
+        let made = [file("a", b"1"), link("l", "a"), file(last, b"2")];
+        for ((name, kind, content), mode) in made.iter().zip([modes[0], modes[1], modes[0]]) {
+            let entry = tar::write::NewEntry {
+                name: name.as_bytes(),
+                metadata: &metadata(mode),
+                kind,
+                user_name: b"",
+                group_name: b"",
+            };
+            writer.append(&entry, &mut content.as_slice()).unwrap();
+        }
+        writer.finish().unwrap()
+    };
+    for (modes, last, is_refused) in [
+        ([0o640, 0o640], "a", false),
+        ([0o640, 0o600], "b", false),
+        ([0o640, 0o600], "a", true),
+    ] {
+        let outcome = write(
+            tar(modes, last).as_slice(),
+            tempfile::tempfile().unwrap(),
+            io::sink(),
+            &Options::default(),
+        );
+        let found = matches!(&outcome, Err(WriteError::Impossible { entry, .. }) if entry == "l");
+        assert_eq!(
+            (found, outcome.is_ok()),
+            (is_refused, !is_refused),
+            "{modes:?} {last}"
+        );
+    }
+}
