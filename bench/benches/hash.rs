@@ -30,7 +30,7 @@ fn main() -> anyhow::Result<()> {
                 timed(|| Ok(Digest::of_each([&*one, &*two])))
             }),
             ("sha2", &mut || {
-                timed(|| Ok([&one, &two].map(|data| sha2::Sha256::digest(data))))
+                timed(|| Ok([&one, &two].map(sha2::Sha256::digest)))
             }),
         ],
     )?;

@@ -131,7 +131,7 @@ fn layer(random: &mut Random, may_link: bool, may_fail: bool, lower: &[Source]) 
         below.push(index_of(&tar.clone().finish()));
         let is_taken = Tree::merge(&below).is_ok();
         below.pop();
-        if !is_taken && !(may_fail && random.chance(2)) {
+        if !(is_taken || may_fail && random.chance(2)) {
             continue;
         }
         made = tar;
@@ -480,13 +480,16 @@ fn python(jobs: &str) -> Vec<String> {
     text(&output).lines().map(str::to_owned).collect()
 }
 
+/// A conversion: its name, its place among the stacks, and the listing of its mount or why there is none.
+type Converted = (&'static str, usize, Result<Vec<String>, String>);
+
 /// One image: its layers in words, its stack, what peel makes of it, and the same of every output.
 struct Case {
     words: String,
     has_links_below: bool,
     source: usize,
     peel: Result<Vec<String>, String>,
-    outputs: Vec<(&'static str, usize, Result<Vec<String>, String>)>,
+    outputs: Vec<Converted>,
     refused: Vec<(&'static str, String)>,
     differences: Vec<(&'static str, String)>,
 }
