@@ -13,6 +13,7 @@ pub mod describe;
 pub mod logging;
 pub mod mount_records;
 pub mod mountinfo;
+pub mod panics;
 pub mod progress;
 pub mod protocol;
 pub mod run_config;

@@ -26,8 +26,8 @@ pub use socket::{LOCK, RunDir, SOCKET, START_LOCK};
 
 use crate::cli::{DaemonArgs, Global};
 use crate::describe::describe;
-use crate::logging;
 use crate::protocol::{MountStatus, Status};
+use crate::{logging, panics};
 use mounts::Mounts;
 use socket::Listener;
 
@@ -137,12 +137,21 @@ pub fn run(global: &Global, args: &DaemonArgs) -> anyhow::Result<()> {
     // Started through /proc/self/exe, it would show as "exe" in process lists. A name is a courtesy.
     let _ = rustix::thread::set_name(c"peel-server");
     if args.detached {
-        logging::to_file(run_dir.open_log()?, global.verbose, global.log_format);
+        let log = logging::to_file(run_dir.open_log()?, global.verbose, global.log_format)
+            .context("run/daemon.log")?;
+        panics::abort_process(Some(log));
+        // Until here it is the log as well. Whatever writes to it from now on must not fail where the disk of the log is full.
+        let null = File::options()
+            .write(true)
+            .open("/dev/null")
+            .context("/dev/null")?;
+        rustix::stdio::dup2_stderr(null).context("standard error")?;
         // The starter gives a new process that leads no group, so this cannot fail for the one documented reason.
         rustix::process::setsid().context("setsid")?;
         std::env::set_current_dir("/").context("/")?;
     } else {
         logging::to_stderr(global.verbose.max(1), global.log_format);
+        panics::abort_process(None);
     }
     let result = serve(&root, run_dir, args);
     if let Err(error) = &result {
