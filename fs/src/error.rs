@@ -17,6 +17,9 @@ pub enum Error {
         /// What the registry client says.
         source: Box<peel_registry::Error>,
     },
+    /// A load failed that several callers waited for.
+    #[error(transparent)]
+    Shared(std::sync::Arc<Error>),
     /// The store failed.
     #[error(transparent)]
     Store(#[from] peel_store::Error),

@@ -74,8 +74,8 @@ pub enum PullPolicy {
     Never,
 }
 
-/// What to load and how.
-#[derive(Debug, Clone)]
+/// What to load and how. Loads whose requests are equal share their work.
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LoadRequest {
     /// The image.
     pub name: ImageName,

@@ -7,6 +7,7 @@
 //!
 //! Whether a layer is lazy, and by which TOC, is decided by [`peel_image::lazy`]; an index is kept by [`Candidate::key`].
 
+pub(crate) mod flight;
 mod known;
 mod layer;
 mod memory;
@@ -84,13 +85,19 @@ impl Job {
         format!("{manifest} {prefetch} {eager} {}", self.image)
     }
 
+    /// As [`Job::key`], where the name stands for what it meant when it was last looked up.
+    fn name_key(&self) -> String {
+        let request = &self.request;
+        format!("{} {} {}", request.prefetch, request.eager, self.store_name())
+    }
+
     fn live(&self, manifest: &Digest) -> Option<Outcome> {
         self.shared.live(&self.key(manifest)).map(Outcome::Live)
     }
 
     fn new_image(&self, loaded: Loaded) -> Outcome {
         Outcome::New {
-            key: self.key(&loaded.manifest_digest),
+            keys: [self.key(&loaded.manifest_digest), self.name_key()],
             loaded,
             sources: Arc::clone(&self.sources),
         }
@@ -123,7 +130,7 @@ pub(crate) enum Outcome {
         /// Where it comes from.
         sources: Arc<Sources>,
         /// Under which it is found again while it lives.
-        key: String,
+        keys: [String; 2],
     },
     /// An image that lives already, loaded in the same way.
     Live(Arc<Image>),
@@ -156,7 +163,18 @@ pub(crate) fn load(
             _ if shared.engine.store.has_lost_objects() => Care::Thorough,
             _ => Care::Readable,
         };
-        if let Some(manifest) = shared.engine.store.name(&job.store_name())? {
+        let known = shared.engine.store.name(&job.store_name())?;
+        // Loaded just now, and not written down yet.
+        let live = match (known, request.pull) {
+            (None, PullPolicy::Missing) => shared.live(&job.name_key()).map(Outcome::Live),
+            _ => None,
+        };
+        if let Some(outcome) = live {
+            progress(outcome.resolved());
+            progress(Progress::Indexed);
+            return Ok(outcome);
+        }
+        if let Some(manifest) = known {
             let outcome = match job.live(&manifest) {
                 Some(outcome) => Some(outcome),
                 None => known::load(&job, &manifest, care)?.map(|loaded| job.new_image(loaded)),

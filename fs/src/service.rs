@@ -14,6 +14,7 @@ use peel_store::Store;
 use crate::error::Error;
 use crate::fetch::layer::Layer;
 use crate::fetch::{Engine, Events};
+use crate::load::flight::Flights;
 use crate::load::{self, Loaded, Outcome};
 use crate::mount::{self, FuseMount};
 use crate::native::Native;
@@ -43,6 +44,7 @@ pub(crate) struct Shared {
     objects: OwnedFd,
     served: Mutex<Served>,
     images: Mutex<HashMap<String, Weak<Image>>>,
+    flights: Arc<Flights>,
     next_image: AtomicU64,
     stopped: AtomicBool,
 }
@@ -215,14 +217,15 @@ impl Service {
                 objects,
                 served: Mutex::new(served),
                 images: Mutex::default(),
+                flights: Arc::default(),
                 next_image: AtomicU64::new(0),
                 stopped: AtomicBool::new(false),
             }),
         })
     }
 
-    /// Finds the image, fetches its metadata, builds its tree. Blocks; call it from a thread of your own, not from an
-    /// asynchronous task.
+    /// Finds the image, fetches its metadata, builds its tree. Calls with the same request share one load. Blocks; call it from a
+    /// thread of your own, not from an asynchronous task.
     pub fn load(
         &self,
         request: &LoadRequest,
@@ -231,23 +234,17 @@ impl Service {
         if self.shared.stopped.load(Ordering::Acquire) {
             return Err(Error::Stopping);
         }
-        let number = self.shared.next_image.fetch_add(1, Ordering::Relaxed);
-        match load::load(&self.shared, number, request, progress)? {
-            Outcome::Live(image) => Ok(image),
-            Outcome::New { loaded, sources, key } => {
-                let image = Arc::new(Image {
-                    shared: Arc::clone(&self.shared),
-                    loaded,
-                    sources,
-                });
-                let mut images = lock(&self.shared.images);
-                images.retain(|_, image| image.strong_count() > 0);
-                images.insert(key, Arc::downgrade(&image));
-                drop(images);
-                self.shared.checker.add(&image, request);
-                Ok(image)
-            }
-        }
+        let shared = Arc::clone(&self.shared);
+        self.shared
+            .flights
+            .load(request, progress, move |request, progress| {
+                load_alone(&shared, request, progress)
+            })
+    }
+
+    /// How many calls of [`Service::load`] wait for an image.
+    pub fn loads_waiting(&self) -> usize {
+        self.shared.flights.waiting()
     }
 
     /// Mounts the image's root file system, detached. `scratch` is an empty directory for the writable layer (made
@@ -283,6 +280,35 @@ impl Service {
     /// Ends the threads and unmounts. Reads that wait get EIO.
     pub fn stop(self) {
         self.shared.stop();
+    }
+}
+
+/// Loads an image that nobody else is loading.
+fn load_alone(
+    shared: &Arc<Shared>,
+    request: &LoadRequest,
+    progress: &(dyn Fn(Progress) + Send + Sync),
+) -> Result<Arc<Image>, Error> {
+    let number = shared.next_image.fetch_add(1, Ordering::Relaxed);
+    match load::load(shared, number, request, progress)? {
+        Outcome::Live(image) => Ok(image),
+        Outcome::New {
+            loaded,
+            sources,
+            keys,
+        } => {
+            let image = Arc::new(Image {
+                shared: Arc::clone(shared),
+                loaded,
+                sources,
+            });
+            let mut images = lock(&shared.images);
+            images.retain(|_, image| image.strong_count() > 0);
+            images.extend(keys.map(|key| (key, Arc::downgrade(&image))));
+            drop(images);
+            shared.checker.add(&image, request);
+            Ok(image)
+        }
     }
 }
 

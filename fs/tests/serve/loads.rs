@@ -1,12 +1,14 @@
 //! Loads: what they tell, what they refuse, and what they leave when they fail.
 
 use std::fs;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use peel_fs::{Error, Options, Progress, PullPolicy};
+use peel_fs::{Error, Image, Options, Progress, PullPolicy};
 use peel_image::Digest;
 use peel_store::Store;
 
+use crate::registry::Registry;
 use crate::support::{Host, eventually, expected, layer};
 use crate::{oci, registry};
 
@@ -227,4 +229,121 @@ fn a_toc_that_nobody_vouches_for_is_not_used() {
         .unwrap_err();
     // The layer is pulled whole instead, and then its digest is wrong.
     assert!(error.to_string().contains("sha256:"), "{error}");
+}
+
+/// Starts loads of the image at once and lets the registry answer when all of them wait.
+fn load_together(
+    host: &Host,
+    registry: &Registry,
+    name: &str,
+    loads: usize,
+) -> Vec<Result<Arc<Image>, Error>> {
+    registry.behaviour.hold.store(true, Ordering::SeqCst);
+    std::thread::scope(|scope| {
+        let begin = || scope.spawn(|| host.service.load(&host.request(name), &|_| {}));
+        let threads: Vec<_> = (0..loads).map(|_| begin()).collect();
+        eventually("all loads to wait", || host.service.loads_waiting() == loads);
+        registry.behaviour.hold.store(false, Ordering::SeqCst);
+        threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+    })
+}
+
+#[test]
+fn loads_of_one_image_at_once_are_one_load() {
+    let registry = registry();
+    let name = registry.image("esgz");
+    let alone = Host::new();
+    drop(alone.load(&name));
+    let requests = registry.behaviour.requests.swap(0, Ordering::SeqCst);
+    let host = Host::new();
+    let images = load_together(&host, &registry, &name, 40);
+    assert_eq!(
+        registry.behaviour.requests.load(Ordering::SeqCst),
+        requests,
+        "as one load makes"
+    );
+    let first = images[0].as_ref().unwrap();
+    for image in &images {
+        assert!(Arc::ptr_eq(image.as_ref().unwrap(), first));
+    }
+    assert_eq!(host.mount(first).listing(), expected());
+    assert_eq!(host.service.loads_waiting(), 0);
+    let before = registry.behaviour.requests.load(Ordering::SeqCst);
+    let later = host.load(&name);
+    assert!(Arc::ptr_eq(&later, first), "it lives");
+    assert_eq!(registry.behaviour.requests.load(Ordering::SeqCst), before);
+}
+
+#[test]
+fn an_error_is_for_those_who_waited_for_it() {
+    let registry = registry();
+    let name = registry.image("esgz");
+    let host = Host::new();
+    registry.behaviour.down.store(true, Ordering::SeqCst);
+    let errors = load_together(&host, &registry, &name, 10);
+    let texts: Vec<String> = errors
+        .into_iter()
+        .map(|error| error.unwrap_err().to_string())
+        .collect();
+    assert!(texts[0].contains("503"), "{}", texts[0]);
+    assert!(texts.iter().all(|text| *text == texts[0]), "{texts:?}");
+    registry.behaviour.down.store(false, Ordering::SeqCst);
+    assert_eq!(
+        host.open(&name).listing(),
+        expected(),
+        "who asks later begins anew"
+    );
+}
+
+#[test]
+fn loads_that_want_something_else_are_loads_of_their_own() {
+    let registry = registry();
+    let host = Host::new();
+    let name = registry.image("esgz");
+    let lazy = host.request(&name);
+    let mut eager = lazy.clone();
+    eager.eager = true;
+    registry.behaviour.hold.store(true, Ordering::SeqCst);
+    let [lazy, eager] = std::thread::scope(|scope| {
+        let loads =
+            [&lazy, &eager].map(|request| scope.spawn(|| host.service.load(request, &|_| {}).unwrap()));
+        eventually("both loads to wait", || host.service.loads_waiting() == 2);
+        registry.behaviour.hold.store(false, Ordering::SeqCst);
+        loads.map(|load| load.join().unwrap())
+    });
+    assert!(!Arc::ptr_eq(&lazy, &eager));
+}
+
+#[test]
+fn all_who_wait_are_told_how_it_goes() {
+    let registry = registry();
+    let host = Host::new();
+    let name = registry.image("org");
+    registry.behaviour.hold.store(true, Ordering::SeqCst);
+    let told: Vec<Vec<Progress>> = std::thread::scope(|scope| {
+        let begin = || {
+            scope.spawn(|| {
+                let steps = std::sync::Mutex::new(Vec::new());
+                let tell = |step| steps.lock().unwrap().push(step);
+                host.service.load(&host.request(&name), &tell).unwrap();
+                steps.into_inner().unwrap()
+            })
+        };
+        let loads: Vec<_> = (0..5).map(|_| begin()).collect();
+        eventually("all loads to wait", || host.service.loads_waiting() == 5);
+        registry.behaviour.hold.store(false, Ordering::SeqCst);
+        loads.into_iter().map(|load| load.join().unwrap()).collect()
+    });
+    for steps in told {
+        assert!(
+            matches!(steps.first(), Some(Progress::Resolved { .. })),
+            "{steps:?}"
+        );
+        assert!(matches!(steps.last(), Some(Progress::Indexed)), "{steps:?}");
+        let pulled = |layer| {
+            let is_whole = |step: &&Progress| matches!(step, Progress::Pulling { layer: of, done, total, .. } if *of == layer && done == total);
+            steps.iter().find(is_whole).is_some()
+        };
+        assert!((0..3).all(pulled), "{steps:?}");
+    }
 }

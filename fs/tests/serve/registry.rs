@@ -24,6 +24,8 @@ pub(crate) struct Behaviour {
     pub(crate) whole: AtomicBool,
     /// Ranges begin one byte late.
     pub(crate) shifted: AtomicBool,
+    /// No request is answered before this is over.
+    pub(crate) hold: AtomicBool,
     /// Milliseconds before each answer.
     pub(crate) delay: AtomicU64,
     /// Requests for blobs: digest and range as text.
@@ -112,6 +114,9 @@ impl Drop for Sending {
 async fn misbehave(behaviour: &Behaviour) -> Result<(), StatusCode> {
     behaviour.requests.fetch_add(1, Ordering::SeqCst);
     tokio::time::sleep(Duration::from_millis(behaviour.delay.load(Ordering::SeqCst))).await;
+    while behaviour.hold.load(Ordering::SeqCst) {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
     if behaviour.down.load(Ordering::SeqCst) {
         return Err(StatusCode::SERVICE_UNAVAILABLE);
     }
