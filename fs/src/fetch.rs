@@ -24,9 +24,11 @@ mod deadlines;
 mod decode;
 mod deliver;
 pub(crate) mod early;
+mod fair;
 pub(crate) mod layer;
 pub(crate) mod prefetch;
 mod refuse;
+mod share;
 mod transfer;
 
 use std::collections::BTreeSet;
@@ -87,8 +89,8 @@ pub(crate) struct Engine {
     runtime: Mutex<Option<Runtime>>,
     decoders: Decoders,
     completer: Completer,
-    demand: transfer::Limits,
-    prefetch: transfer::Limits,
+    demand: share::Limits,
+    prefetch: share::Limits,
     deadlines: Deadlines,
     read_deadline: Duration,
     indexes_max: u64,
@@ -126,8 +128,8 @@ impl Engine {
             runtime: Mutex::new(Some(runtime)),
             decoders: Decoders::start()?,
             completer: Completer::start()?,
-            demand: transfer::Limits::demand(),
-            prefetch: transfer::Limits::prefetch(),
+            demand: transfer::demand(),
+            prefetch: transfer::prefetch(),
             deadlines: Deadlines::default(),
             read_deadline: options.read_deadline,
             indexes_max: options.indexes_max,

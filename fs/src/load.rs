@@ -413,7 +413,7 @@ fn begin_prefetch(job: &Job, order: Option<&str>, found: &[Found]) -> Option<Ear
     }
     let segments = order::plan(order, &ends, &vec![0; ends.len()]);
     let blobs = found.iter().map(|found| found.blob().only_ranges()).collect();
-    Some(Early::start(&job.shared.engine, blobs, segments))
+    Some(Early::start(&job.shared.engine, job.number, blobs, segments))
 }
 
 /// Makes the chunks of the layers available and prefetches the prioritized ones, while another thread merges the layers

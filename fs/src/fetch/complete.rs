@@ -11,10 +11,11 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, Sender, TrySendError, bounded, select};
+use crossbeam_channel::{Receiver, Sender, bounded, select};
 use peel_store::PartialObject;
 
 use super::claim::Claim;
+use super::fair::{Bounds, Lane, Queues, Refused};
 use super::{Engine, deliver};
 use crate::error::Error;
 use crate::lock;
@@ -28,9 +29,11 @@ const QUEUE: usize = 64;
 const NICE: i32 = 10;
 /// Threads for files that reads wait for: with a second one, a large file does not hold up all others.
 const URGENT_THREADS: usize = 2;
-/// Files that reads wait for and that wait for a thread. Beyond these, they wait with those that nobody reads; those of zeros are tried
-/// again later.
+/// Files of one image that reads wait for and that wait for a thread. Beyond these, they wait with those that nobody reads; those of
+/// zeros are tried again later.
 const URGENT_QUEUE: usize = 256;
+/// Files of so many bytes never have all threads for such files, nor any decode thread.
+const HUGE: u64 = 64 << 20;
 
 /// Pauses before a file is tried again that the disk kept from becoming an object: it may be full for a moment, or until somebody has
 /// seen to it. After the last one, the next read of the whole or the next open tries.
@@ -63,10 +66,7 @@ pub(super) struct Completer {
     /// One message says it all: there are some.
     wake: Sender<()>,
     stop: Sender<()>,
-    urgent: Sender<Urgent>,
-    /// The other end, to empty it at the end.
-    urgent_queue: Receiver<Urgent>,
-    stop_urgent: Sender<()>,
+    urgent: Arc<Queues<Urgent>>,
 }
 
 /// What a read waits for.
@@ -168,12 +168,16 @@ impl Completer {
         let (stop, stopped) = bounded(1);
         let files = Arc::clone(&waiting);
         spawn("peel-complete".to_owned(), move || work(&files, &woken, &stopped))?;
-        let (urgent, urgent_queue) = bounded(URGENT_QUEUE);
-        let (stop_urgent, stopped) = bounded(URGENT_THREADS);
+        let urgent = Arc::new(Queues::new(Bounds {
+            queue: URGENT_QUEUE,
+            large: HUGE,
+            large_threads: URGENT_THREADS - 1,
+            large_bytes: u64::MAX,
+        }));
         for number in 0..URGENT_THREADS {
-            let (files, stopped, waiting) = (urgent_queue.clone(), stopped.clone(), Arc::clone(&waiting));
+            let (files, waiting) = (Arc::clone(&urgent), Arc::clone(&waiting));
             spawn(format!("peel-whole-{number}"), move || {
-                work_urgently(&files, &waiting, &stopped);
+                work_urgently(&files, &waiting);
             })?;
         }
         Ok(Self {
@@ -181,8 +185,6 @@ impl Completer {
             wake,
             stop,
             urgent,
-            urgent_queue,
-            stop_urgent,
         })
     }
 
@@ -222,18 +224,31 @@ impl Completer {
         drop(file);
     }
 
-    /// Takes a file on that a read waits for.
-    fn submit_urgent(&self, completion: Completion) {
-        let (engine, object) = (Arc::clone(&completion.engine), completion.object.number);
+    /// Takes a file on that a read waits for, unless that is done already; gives it back when there is no room.
+    fn submit_urgent(&self, completion: Completion) -> Result<(), Completion> {
+        let (image, bytes) = (completion.image(), completion.partial.size());
+        let object = completion.object.number;
         if !lock(&self.waiting).urgent.insert(object) {
-            return;
+            return Ok(());
         }
-        if let Err(TrySendError::Full(Urgent::File(completion))) =
-            self.urgent.try_send(Urgent::File(completion))
+        match self
+            .urgent
+            .push(Lane::Demand, image, bytes, Urgent::File(completion))
         {
-            let mut waiting = lock(&self.waiting);
-            waiting.urgent.remove(&object);
-            waiting.files.push_front(completion);
+            Err(Refused::Full(Urgent::File(completion))) => {
+                lock(&self.waiting).urgent.remove(&object);
+                Err(completion)
+            }
+            // What is refused at the end is dropped.
+            Ok(()) | Err(_) => Ok(()),
+        }
+    }
+
+    /// As [`Completer::submit_urgent`]; where there is no room, the file waits with those that nobody reads.
+    fn submit_soon(&self, completion: Completion) {
+        let engine = Arc::clone(&completion.engine);
+        if let Err(completion) = self.submit_urgent(completion) {
+            lock(&self.waiting).files.push_front(completion);
         }
         self.wake(&engine);
     }
@@ -241,12 +256,10 @@ impl Completer {
     /// Takes on a file of nothing but zeros that a read waits for. There is nothing to fetch, but there may be as much to hash as in the
     /// largest files.
     pub(super) fn submit_zeros(&self, claim: Claim) {
-        let engine = Arc::clone(&claim.engine);
+        let (image, bytes) = (claim.layer.image, claim.layer.chunk(claim.position));
+        let bytes = bytes.map_or(0, |(_, chunk)| chunk.size);
         // A claim that finds no room is dropped, and tried again while reads wait.
-        drop(self.urgent.try_send(Urgent::Zeros(claim)));
-        if engine.is_stopping() {
-            self.discard();
-        }
+        drop(self.urgent.push(Lane::Demand, image, bytes, Urgent::Zeros(claim)));
     }
 
     /// Tells the thread that there is something to do, unless all is over.
@@ -260,11 +273,9 @@ impl Completer {
 
     /// Ends the threads after the files that they are at. The engine must be stopping.
     pub(super) fn stop(&self) {
-        // Full means that they have their order already.
+        // Full means that it has its order already.
         let _ = self.stop.try_send(());
-        for _ in 0..URGENT_THREADS {
-            let _ = self.stop_urgent.try_send(());
-        }
+        self.urgent.stop();
         self.discard();
     }
 
@@ -273,7 +284,6 @@ impl Completer {
         // A statement of its own: what is dropped may be the last of more than itself.
         let waiting = std::mem::take(&mut *lock(&self.waiting));
         drop(waiting);
-        while self.urgent_queue.try_recv().is_ok() {}
     }
 }
 
@@ -312,22 +322,16 @@ fn work(waiting: &Mutex<Waiting>, woken: &Receiver<()>, stopped: &Receiver<()>) 
     }
 }
 
-fn work_urgently(files: &Receiver<Urgent>, waiting: &Mutex<Waiting>, stopped: &Receiver<()>) {
-    loop {
-        if stopped.try_recv().is_ok() {
-            return;
+fn work_urgently(files: &Queues<Urgent>, waiting: &Mutex<Waiting>) {
+    while let Some((urgent, turn)) = files.next() {
+        match urgent {
+            Urgent::Zeros(claim) => zeros(claim),
+            Urgent::File(completion) => {
+                lock(waiting).urgent.remove(&completion.object.number);
+                completion.run();
+            }
         }
-        select! {
-            recv(files) -> urgent => match urgent {
-                Ok(Urgent::Zeros(claim)) => zeros(claim),
-                Ok(Urgent::File(completion)) => {
-                    lock(waiting).urgent.remove(&completion.object.number);
-                    completion.run();
-                }
-                Err(_) => return,
-            },
-            recv(stopped) -> _ => return,
-        }
+        drop(turn);
     }
 }
 
@@ -365,11 +369,11 @@ impl Engine {
                 }
             }
         };
-        self.completer.submit_urgent(completion);
+        self.completer.submit_soon(completion);
     }
 
-    /// An object of which all chunks are on disk is made one: here and now if a read waits for that or if it is small, else by and by.
-    /// True when it is one already.
+    /// An object of which all chunks are on disk is made one: here and now if it is small, or if a read waits for that and it is not huge,
+    /// else by and by. True when it is one already.
     pub(super) fn finish(self: &Arc<Self>, completion: Completion) -> bool {
         let object = Arc::clone(&completion.object);
         let waited_for = || {
@@ -382,6 +386,10 @@ impl Engine {
             Err(completion)
         } else {
             self.completer.submit(completion)
+        };
+        let left = match left {
+            Err(completion) if completion.partial.size() >= HUGE => self.completer.submit_urgent(completion),
+            left => left,
         };
         match left {
             Err(completion) => completion.run(),
@@ -411,6 +419,13 @@ impl Completion {
             generation,
             attempts: 0,
         }
+    }
+
+    /// An image that it is made for.
+    fn image(&self) -> u64 {
+        lock(&self.object.state)
+            .source()
+            .map_or(u64::MAX, |source| source.layer.image)
     }
 
     /// Hashes the file and makes it an object. False when it did not become one.

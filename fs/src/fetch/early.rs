@@ -19,7 +19,8 @@ use super::claim::Run;
 use super::decode::Lane;
 use super::layer::Layer;
 use super::prefetch::{FIRST, LARGEST};
-use super::transfer::{PREFETCH_SLOTS, Permit, next};
+use super::share::Permit;
+use super::transfer::{PREFETCH_SLOTS_OF_IMAGE, next};
 use crate::lock;
 
 /// The beginning of an image's prefetch. Dropping it ends what has no layer by then.
@@ -39,12 +40,14 @@ struct Release(Arc<Semaphore>);
 
 impl Drop for Release {
     fn drop(&mut self) {
-        self.0.add_permits(PREFETCH_SLOTS - 1);
+        self.0.add_permits(PREFETCH_SLOTS_OF_IMAGE as usize - 1);
     }
 }
 
 #[derive(Debug)]
 struct EarlyLayer {
+    /// Number of the image.
+    image: u64,
     blob: Blob,
     state: Mutex<State>,
 }
@@ -69,12 +72,18 @@ enum Stage {
 }
 
 impl Early {
-    /// Begins to request the segments: index into `blobs`, and bytes of that blob, which follow each other from 0.
-    pub(crate) fn start(engine: &Arc<Engine>, blobs: Vec<Blob>, segments: Vec<(usize, Range<u64>)>) -> Self {
+    /// Begins to request the segments of an image: index into `blobs`, and bytes of that blob, which follow each other from 0.
+    pub(crate) fn start(
+        engine: &Arc<Engine>,
+        image: u64,
+        blobs: Vec<Blob>,
+        segments: Vec<(usize, Range<u64>)>,
+    ) -> Self {
         let layers: Vec<Arc<EarlyLayer>> = blobs
             .into_iter()
             .map(|blob| {
                 Arc::new(EarlyLayer {
+                    image,
                     blob,
                     state: Mutex::new(State {
                         issued: 0,
@@ -211,7 +220,7 @@ impl Engine {
                 let Ok(turn) = Arc::clone(&throttle).acquire_owned().await else {
                     return;
                 };
-                let Some(slot) = self.slot(Lane::Prefetch, &layer.blob).await else {
+                let Some(slot) = self.slot(Lane::Prefetch, layer.image, &layer.blob).await else {
                     return;
                 };
                 let part = from..range.end.min(from + window);
@@ -231,7 +240,8 @@ impl Engine {
 
     async fn early_part(self: &Arc<Self>, early: &Arc<EarlyLayer>, part: Range<u64>) {
         let bytes = part.end - part.start;
-        let Some(permit) = self.memory(Lane::Prefetch, &early.blob, bytes).await else {
+        let memory = self.memory(Lane::Prefetch, early.image, &early.blob, bytes);
+        let Some(permit) = memory.await else {
             return;
         };
         tracing::trace!(layer = %early.blob.digest(), from = part.start, to = part.end, "early transfer");

@@ -31,7 +31,7 @@ impl Engine {
         for Segment { layer, range } in segments {
             let mut streams = layer.streams_in(&range);
             while !streams.is_empty() && !layer.is_closed() && !self.is_stopping() {
-                let Some(slot) = self.slot(Lane::Prefetch, &layer.blob).await else {
+                let Some(slot) = self.slot(Lane::Prefetch, layer.image, &layer.blob).await else {
                     return;
                 };
                 // Claims look at the disk, and the threads of the network have reads to serve.
