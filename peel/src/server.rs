@@ -8,6 +8,7 @@
 //! image is loaded. Locks: only the table of mounts ([`mounts`]) and the counters here, none held across I/O.
 
 mod connection;
+mod memory;
 mod mounts;
 mod socket;
 
@@ -28,6 +29,7 @@ use crate::cli::{DaemonArgs, Global};
 use crate::describe::describe;
 use crate::protocol::{MountStatus, Status};
 use crate::{logging, panics};
+use memory::{Activity, Memory};
 use mounts::Mounts;
 use socket::Listener;
 
@@ -282,6 +284,7 @@ fn wait_for_end(
         let mut _hangup = signal(SignalKind::hangup())?;
         let mut tick = tokio::time::interval(TICK);
         let mut scanned = Instant::now();
+        let mut memory = Memory::new();
         let mut checkpoint = tokio::task::spawn_blocking(|| {});
         let mut checkpointed = Instant::now();
         loop {
@@ -290,6 +293,7 @@ fn wait_for_end(
                 _ = interrupt.recv() => return Ok("SIGINT"),
                 _ = tick.tick() => {}
             }
+            memory.look(Activity::of(&server.status()));
             if scanned.elapsed() >= SCAN_EVERY {
                 server.mounts.clean_up();
                 scanned = Instant::now();
