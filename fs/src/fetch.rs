@@ -29,6 +29,7 @@ pub(crate) mod layer;
 pub(crate) mod prefetch;
 mod refuse;
 mod share;
+mod shelf;
 mod transfer;
 
 use std::collections::BTreeSet;
@@ -47,12 +48,14 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use crate::error::Error;
 use crate::load::pool::Pool;
 use crate::object::{Answer, Backing, Object, Presence, Snapshot, Table, Waiter, chunks_under};
+use crate::quiet::{LeftOut, Quiet};
 use crate::{Options, Stats, lock};
 use claim::Claimed;
 use complete::Completer;
 use deadlines::Deadlines;
 use decode::{Decoders, Lane};
 use layer::{Layer, LayerFile};
+use shelf::Shelf;
 
 /// Threads of the network runtime: they only move bytes.
 const NETWORK_THREADS: usize = 2;
@@ -92,6 +95,10 @@ pub(crate) struct Engine {
     demand: share::Limits,
     prefetch: share::Limits,
     deadlines: Deadlines,
+    shelf: Shelf,
+    /// [`Engine::keep_held`] is under way.
+    keeping: AtomicBool,
+    quiet: Quiet,
     read_deadline: Duration,
     indexes_max: u64,
     readers: Arc<Semaphore>,
@@ -131,6 +138,9 @@ impl Engine {
             demand: transfer::demand(),
             prefetch: transfer::prefetch(),
             deadlines: Deadlines::default(),
+            shelf: Shelf::default(),
+            keeping: AtomicBool::new(false),
+            quiet: Quiet::default(),
             read_deadline: options.read_deadline,
             indexes_max: options.indexes_max,
             readers: Arc::new(Semaphore::new(READERS)),
@@ -145,7 +155,12 @@ impl Engine {
             loop {
                 ticks.tick().await;
                 let Some(engine) = watched.upgrade() else { break };
-                engine.expire(Instant::now());
+                let now = Instant::now();
+                engine.expire(now);
+                engine.look_after_shelf(now);
+                for LeftOut { kind, layer, lines } in engine.quiet.forget(now) {
+                    tracing::warn!(kind, %layer, lines, "lines like an earlier one were left out");
+                }
             }
         });
         Ok(engine)
@@ -270,7 +285,12 @@ impl Engine {
                 return self.read_later(object, offset, length, deadline, answer);
             }
             Err(error) => {
-                tracing::error!(object = %object.digest, %error, "cannot open the object in the store");
+                let layer = source
+                    .as_ref()
+                    .map_or(Digest::EMPTY, |source| source.layer.digest);
+                if let Some(left_out) = self.quiet.may_say("open", &layer, Instant::now()) {
+                    tracing::error!(object = %object.digest, %layer, %error, left_out, "cannot open the object in the store");
+                }
                 return answer(Err(Errno::IO));
             }
             Ok(()) => {}
@@ -369,8 +389,11 @@ impl Engine {
     pub(crate) fn look(&self, object: &Object, file: Option<&LayerFile>) -> Result<(), peel_store::Error> {
         let generation = {
             let state = lock(&object.state);
-            if !matches!(state.backing, Backing::Unknown) {
-                return Ok(());
+            match state.backing {
+                Backing::Unknown => {}
+                // The store may have room again.
+                Backing::Unkept if self.shelf.may_keep(Instant::now()) => {}
+                _ => return Ok(()),
             }
             state.generation
         };
@@ -380,7 +403,17 @@ impl Engine {
         } else {
             match file {
                 Some(file) if file.chunks.len() > 1 => {
-                    Backing::Partial(self.store.partial(&object.digest, file.size(), &file.chunks)?)
+                    match self.store.partial(&object.digest, file.size(), &file.chunks) {
+                        Ok(partial) => Backing::Partial(partial),
+                        // Runs of zeros are here only by the word of a partial object.
+                        Err(error) if error.is_no_space() && !file.has_zeros() => {
+                            let source = lock(&object.state).source();
+                            let layer = source.map_or(Digest::EMPTY, |source| source.layer.digest);
+                            self.unkept(&layer, object, &error);
+                            Backing::Unkept
+                        }
+                        Err(error) => return Err(error),
+                    }
                 }
                 Some(_) => Backing::Nothing,
                 None => return Ok(()),
@@ -389,7 +422,8 @@ impl Engine {
         let mut corrected = false;
         {
             let mut state = lock(&object.state);
-            if matches!(state.backing, Backing::Unknown) && state.generation == generation {
+            let is_open = matches!(state.backing, Backing::Unknown | Backing::Unkept);
+            if is_open && state.generation == generation {
                 match (complete, file) {
                     (Some(size), _) => corrected = object.settle_size(&mut state, size),
                     (None, Some(file)) => state.use_list(file.list),
@@ -608,6 +642,18 @@ impl Engine {
         });
     }
 
+    /// Has written what is held in memory only, if the disk may take it.
+    fn look_after_shelf(self: &Arc<Self>, now: Instant) {
+        if !self.shelf.has_work(now) || self.keeping.swap(true, Ordering::AcqRel) {
+            return;
+        }
+        let engine = Arc::clone(self);
+        self.handle.spawn_blocking(move || {
+            engine.keep_held();
+            engine.keeping.store(false, Ordering::Release);
+        });
+    }
+
     /// Fails the reads whose deadline has passed.
     fn expire(&self, now: Instant) {
         while let Some(number) = self.deadlines.due(now) {
@@ -615,15 +661,21 @@ impl Engine {
                 continue;
             };
             let expired = object.expired(now);
-            if !expired.is_empty() {
+            if expired.is_empty() {
+                continue;
+            }
+            let source = lock(&object.state).source();
+            let layer = source.map_or(Digest::EMPTY, |source| source.layer.digest);
+            if let Some(left_out) = self.quiet.may_say("deadline", &layer, now) {
                 tracing::error!(
                     file = %object.describe(),
                     seconds = self.read_deadline.as_secs(),
                     reads = expired.len(),
+                    left_out,
                     "the bytes of this file did not arrive in time; its reads fail with EIO"
                 );
-                fail(expired);
             }
+            fail(expired);
         }
     }
 }

@@ -11,7 +11,7 @@
 //!
 //! Called by the server process of the command. Threads: `peel-fuse` and its workers answer the kernel and never wait
 //! for the network; `peel-net` moves bytes; `peel-decode-N` inflates, verifies and writes; `peel-complete` hashes large files and `peel-whole-N` those
-//! that reads wait for; `peel-native` reconfigures overlays; `peel-register` and `peel-pull-N` live as long as their work.
+//! that reads wait for; `peel-native` reconfigures overlays; `peel-load`, `peel-register` and `peel-pull-N` live as long as their work.
 
 mod error;
 mod fetch;
@@ -20,6 +20,7 @@ pub mod mount;
 mod native;
 mod object;
 mod object_fs;
+mod quiet;
 mod service;
 mod verify;
 

@@ -96,6 +96,8 @@ pub(crate) enum Backing {
     Unknown,
     /// Nothing that could be read piece by piece.
     Nothing,
+    /// The store has no room for a partial object: chunks are in memory only.
+    Unkept,
     /// Some chunks may be here.
     Partial(Arc<PartialObject>),
     /// All of it, in the store's objects. The file is there while the object is open.
@@ -107,7 +109,7 @@ pub(crate) enum Backing {
 pub(crate) enum Flight {
     /// Somebody holds the claim to bring it.
     Claimed,
-    /// Verified, in memory, being written.
+    /// Verified, in memory: being written, or waiting for a disk that takes it.
     Writing(Arc<Vec<u8>>),
 }
 
@@ -314,7 +316,7 @@ impl State {
             return;
         }
         match &mut self.backing {
-            Backing::Partial(_) => self.backing = Backing::Unknown,
+            Backing::Partial(_) | Backing::Unkept => self.backing = Backing::Unknown,
             Backing::Complete(file) => *file = None,
             Backing::Unknown | Backing::Nothing => {}
         }

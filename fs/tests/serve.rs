@@ -7,6 +7,8 @@
 
 #[path = "serve/forge.rs"]
 mod forge;
+#[path = "serve/full.rs"]
+mod full;
 #[path = "serve/kept.rs"]
 mod kept;
 #[path = "serve/lies.rs"]

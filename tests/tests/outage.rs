@@ -3,7 +3,7 @@
 
 use std::time::{Duration, Instant};
 
-use peel_testkit::registry::Faults;
+use peel_testkit::registry::{Action, Faults, Rule};
 use peel_tests::image::{Layer, Tar, noise, push};
 use peel_tests::world::{World, read};
 
@@ -87,6 +87,57 @@ fn a_registry_that_stays_away_is_an_error_until_it_is_back() {
         );
     }
     assert_eq!(world.server(), server, "nothing was restarted");
+    world.umount(&dir);
+    world.assert_sound();
+}
+
+#[test]
+fn many_readers_of_a_registry_that_does_not_answer_are_few_lines_in_the_log() {
+    const FILES: u64 = 24;
+    let world = World::new().with_read_deadline(4);
+    let registry = world.registry();
+    let tar = (0..FILES).fold(Tar::new(), |tar, file| {
+        tar.file(&format!("file-{file}"), &noise(file, 5000))
+    });
+    let name = push(&registry, "app", "x", &[Layer::estargz(&tar.finish(), 0, &[])]);
+    let dir = world.dir("root");
+    world.ok(&["mount", "--no-prefetch", &name, dir.to_str().unwrap()]);
+    let before = world.log().lines().count();
+    registry.faults().refuse();
+    std::thread::scope(|scope| {
+        for file in 0..FILES {
+            let path = dir.join(format!("file-{file}"));
+            scope.spawn(move || assert_eq!(read(&path).err(), Some(5), "{}", path.display()));
+        }
+    });
+    let log = world.log();
+    let lines = log.lines().count() - before;
+    assert!(lines < 20, "{log}");
+    registry.faults().accept();
+    assert_eq!(read(&dir.join("file-3")).unwrap(), noise(3, 5000));
+    world.umount(&dir);
+    world.assert_sound();
+}
+
+#[test]
+fn a_blob_that_is_not_there_is_an_error_without_a_wait() {
+    // A read would wait for longer than a test may take.
+    let world = World::new().with_read_deadline(10_000);
+    let registry = world.registry();
+    let bytes = noise(5, 5000);
+    let layer = Layer::estargz(&Tar::new().file("file", &bytes).finish(), 0, &[]);
+    let blob = peel_image::Digest::of(&layer.blob).to_string();
+    let name = push(&registry, "app", "x", &[layer]);
+    let dir = world.dir("root");
+    world.ok(&["mount", "--no-prefetch", &name, dir.to_str().unwrap()]);
+    for status in [403, 404, 416] {
+        registry
+            .faults()
+            .add(Rule::get(blob.as_str(), Action::Status(status)));
+        assert_eq!(read(&dir.join("file")).err(), Some(5), "{status}");
+        registry.faults().clear();
+    }
+    assert_eq!(read(&dir.join("file")).unwrap(), bytes, "when it is there again");
     world.umount(&dir);
     world.assert_sound();
 }

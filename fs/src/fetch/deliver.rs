@@ -5,10 +5,11 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 
+use peel_image::Digest;
 use peel_store::PartialObject;
 
 use super::claim::Claim;
-use super::complete::Completion;
+use super::shelf::Held;
 use super::{Engine, fail};
 use crate::lock;
 use crate::object::{Backing, Flight, ListId, Object, Snapshot, Waiter};
@@ -30,7 +31,7 @@ impl Claim {
                 return self.settle();
             }
             // The last close may have let go of the partial object. What is kept without one is kept as the whole object.
-            if !is_whole && !matches!(state.backing, Backing::Partial(_)) {
+            if !is_whole && !matches!(state.backing, Backing::Partial(_) | Backing::Unkept) {
                 drop(state);
                 return;
             }
@@ -42,15 +43,20 @@ impl Claim {
         };
         self.engine.arrived(&self.object, chunk);
         let kept = match &backing {
-            Backing::Partial(partial) => partial.write(chunk as usize, &data),
-            _ => self
-                .engine
-                .store
-                .add_verified(&self.object.digest, &data)
-                .map(|()| true),
+            Backing::Unkept => None,
+            _ if !self.engine.shelf.may_keep(Instant::now()) => None,
+            Backing::Partial(partial) => Some(partial.write(chunk as usize, &data)),
+            _ => {
+                let added = self.engine.store.add_verified(&self.object.digest, &data);
+                Some(added.map(|()| true))
+            }
         };
-        if let Err(error) = &kept {
-            if is_false(error) {
+        match kept {
+            Some(Ok(last)) => {
+                self.engine.shelf.kept();
+                return self.landed(last, &backing);
+            }
+            Some(Err(error)) if is_false(&error) => {
                 let (object, engine, generation) = (
                     Arc::clone(&self.object),
                     Arc::clone(&self.engine),
@@ -59,9 +65,18 @@ impl Claim {
                 self.settle();
                 return engine.falsified(&object, generation);
             }
-            tracing::error!(object = %self.object.digest, %error, "cannot keep fetched bytes in the store");
+            Some(Err(error)) => self.engine.unkept(&self.layer.digest, &self.object, &error),
+            None => {}
         }
-        self.landed(matches!(kept, Ok(true)), &backing);
+        let engine = Arc::clone(&self.engine);
+        let held = Held {
+            object: Arc::clone(&self.object),
+            chunk,
+            generation: self.generation,
+            data,
+        };
+        self.settle();
+        engine.hold(held);
     }
 
     /// The chunk is all of the object, and the store has it.
@@ -94,30 +109,10 @@ impl Claim {
 
     /// The bytes are not in memory any more; with `last`, all of the object is on disk.
     fn landed(self, last: bool, backing: &Backing) {
-        let chunk = self.chunk();
         let (object, engine) = (Arc::clone(&self.object), Arc::clone(&self.engine));
-        let generation = self.generation;
-        let completed = match backing {
-            Backing::Partial(partial) if last => {
-                engine.finish(Completion::new(&engine, &object, partial, generation))
-            }
-            Backing::Partial(_) => false,
-            _ => {
-                if last {
-                    engine.completed(&object);
-                }
-                last
-            }
-        };
+        let (chunk, generation) = (self.chunk(), self.generation);
         self.settle();
-        if completed {
-            return;
-        }
-        let mut state = lock(&object.state);
-        if state.generation == generation {
-            state.flights.remove(&chunk);
-            state.rest();
-        }
+        engine.landed(&object, chunk, generation, last, backing);
     }
 
     /// The bytes that came are not the chunk's. They may have been damaged on the way once, and another source may have good ones;
@@ -212,6 +207,20 @@ impl Claim {
 }
 
 impl Engine {
+    /// The store did not take fetched bytes of an object: they stay in memory for now.
+    pub(super) fn unkept(&self, layer: &Digest, object: &Object, error: &peel_store::Error) {
+        let now = Instant::now();
+        if error.is_no_space() {
+            self.shelf.failed(now);
+        }
+        if let Some(left_out) = self.quiet.may_say("keep", layer, now) {
+            tracing::error!(
+                object = %object.digest, %layer, %error, left_out,
+                "cannot keep fetched bytes in the store; they are served from memory"
+            );
+        }
+    }
+
     /// Answers the reads for which this chunk was the last one.
     fn arrived(self: &Arc<Self>, object: &Arc<Object>, chunk: u32) {
         let ready: Vec<(Waiter, Option<Snapshot>)> = {

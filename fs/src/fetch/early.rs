@@ -8,6 +8,7 @@
 
 use std::ops::Range;
 use std::sync::{Arc, Mutex};
+use std::time::Instant;
 
 use bytes::Bytes;
 use peel_registry::Blob;
@@ -254,7 +255,7 @@ impl Engine {
                 return early.fail();
             }
             Err(error) => {
-                tracing::warn!(layer = %early.blob.digest(), %error, "cannot begin the prefetch");
+                self.say_broken(&early.blob, &error);
                 return early.fail();
             }
         };
@@ -262,7 +263,7 @@ impl Engine {
             let bytes = match bytes {
                 Ok(bytes) => bytes,
                 Err(error) => {
-                    tracing::warn!(layer = %early.blob.digest(), %error, "the prefetch broke off");
+                    self.say_broken(&early.blob, &error);
                     return early.fail();
                 }
             };
@@ -276,6 +277,13 @@ impl Engine {
                 }
             }
             offset += length;
+        }
+    }
+
+    fn say_broken(&self, blob: &Blob, error: &peel_registry::Error) {
+        let layer = blob.digest();
+        if let Some(left_out) = self.quiet.may_say("prefetch", &layer, Instant::now()) {
+            tracing::warn!(%layer, %error, left_out, "the prefetch broke off");
         }
     }
 

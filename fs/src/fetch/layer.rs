@@ -62,6 +62,11 @@ pub(crate) struct LayerFile {
 }
 
 impl LayerFile {
+    /// Whether some of its chunks are runs of zeros.
+    pub(crate) fn has_zeros(&self) -> bool {
+        self.chunks.iter().any(|chunk| chunk.source == ChunkSource::Zeros)
+    }
+
     /// Length in bytes, by its chunks.
     pub(crate) fn size(&self) -> u64 {
         self.chunks.iter().map(|chunk| chunk.size).sum()

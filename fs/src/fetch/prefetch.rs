@@ -31,6 +31,11 @@ impl Engine {
         for Segment { layer, range } in segments {
             let mut streams = layer.streams_in(&range);
             while !streams.is_empty() && !layer.is_closed() && !self.is_stopping() {
+                // Reads bring what they need; more would push out what waits for them.
+                if self.shelf.is_full() {
+                    tracing::debug!(layer = %layer.digest, "no prefetch: the store takes nothing, and memory is used up");
+                    return;
+                }
                 let Some(slot) = self.slot(Lane::Prefetch, layer.image, &layer.blob).await else {
                     return;
                 };

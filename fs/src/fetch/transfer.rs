@@ -8,7 +8,7 @@
 
 use std::ops::Range;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use peel_registry::Blob;
@@ -112,7 +112,11 @@ impl Engine {
                 .await
         };
         if let Err(error) = result {
-            tracing::warn!(layer = %layer.digest, from = range.start, to = range.end, %error, "cannot fetch a range");
+            if let Some(left_out) = self.quiet.may_say("fetch", &layer.digest, Instant::now()) {
+                tracing::warn!(
+                    layer = %layer.digest, from = range.start, to = range.end, %error, left_out, "cannot fetch a range"
+                );
+            }
             // What is transient without a time is tried again as soon as the claims are dropped.
             if !error.is_transient() || error.retry_at().is_some() {
                 for claim in assembler.into_claims() {

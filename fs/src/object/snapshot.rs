@@ -107,7 +107,7 @@ impl Snapshot {
                 bytes.extend_from_slice(&part);
                 Ok(())
             }
-            Backing::Unknown | Backing::Nothing => Err(io::ErrorKind::NotFound.into()),
+            Backing::Unknown | Backing::Nothing | Backing::Unkept => Err(io::ErrorKind::NotFound.into()),
         }
     }
 }

@@ -26,6 +26,17 @@ impl Host {
     }
 
     pub(crate) fn with(options: Options) -> Self {
+        let scratch = tempfile::tempdir().unwrap();
+        let store = scratch.path().join("store");
+        Self::in_directory(store, scratch, &options)
+    }
+
+    /// With a store in a directory of the test's own.
+    pub(crate) fn at(store: PathBuf, options: &Options) -> Self {
+        Self::in_directory(store, tempfile::tempdir().unwrap(), options)
+    }
+
+    fn in_directory(store: PathBuf, scratch: tempfile::TempDir, options: &Options) -> Self {
         assert!(
             rustix::process::geteuid().is_root(),
             "these tests mount file systems: run them as root"
@@ -35,10 +46,8 @@ impl Host {
             .with_test_writer()
             .with_max_level(tracing_subscriber::filter::LevelFilter::DEBUG)
             .try_init();
-        let scratch = tempfile::tempdir().unwrap();
-        let store = scratch.path().join("store");
         Self {
-            service: start(&store, &options),
+            service: start(&store, options),
             store,
             scratch,
         }
