@@ -12,9 +12,9 @@ use tokio::sync::oneshot;
 use crate::lock;
 
 /// Compressed bytes in flight for each lane and registry, in KiB.
-const MEMORY_KIB: u32 = 64 << 10;
+const MEMORY_KIB: u32 = 80 << 10;
 /// How much of that one image may have.
-const MEMORY_KIB_OF_IMAGE: u32 = 48 << 10;
+const MEMORY_KIB_OF_IMAGE: u32 = 64 << 10;
 /// Registries that are told apart at a time, in each lane; more than these share what the others leave.
 const SHARES: usize = 4;
 /// How often others may pass a request that waits for more than there is.
