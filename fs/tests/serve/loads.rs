@@ -341,8 +341,8 @@ fn all_who_wait_are_told_how_it_goes() {
         );
         assert!(matches!(steps.last(), Some(Progress::Indexed)), "{steps:?}");
         let pulled = |layer| {
-            let is_whole = |step: &&Progress| matches!(step, Progress::Pulling { layer: of, done, total, .. } if *of == layer && done == total);
-            steps.iter().find(is_whole).is_some()
+            let is_whole = |step: &Progress| matches!(step, Progress::Pulling { layer: of, done, total, .. } if *of == layer && done == total);
+            steps.iter().any(is_whole)
         };
         assert!((0..3).all(pulled), "{steps:?}");
     }
