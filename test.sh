@@ -6,7 +6,7 @@ cd "$(dirname "$0")"
 
 # A C compiler for the C parts of the crates; the rest is what the end-to-end tests compare peel with.
 need_packages gcc libc6-dev curl tar python3 ca-certificates openssl procps \
-	erofs-utils e2fsprogs busybox-static docker-registry nginx apache2-utils skopeo umoci containerd runc \
+	erofs-utils e2fsprogs xfsprogs busybox-static docker-registry nginx apache2-utils skopeo umoci containerd runc \
 	podman mmdebstrap debian-archive-keyring
 need_cargo
 

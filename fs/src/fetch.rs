@@ -15,7 +15,8 @@
 //! it are tried anew until their deadline. Demand and prefetch have request slots and memory of their own, each registry
 //! its share of both, so none waits for another.
 //!
-//! Nothing is answered and nothing is written that was not verified against the chunk's digest.
+//! Nothing is answered and nothing is written that was not verified against the chunk's digest. What the disk
+//! has not confirmed is read by a decode thread, which hashes what it has read.
 
 pub(crate) mod assemble;
 pub(crate) mod claim;
@@ -27,6 +28,7 @@ pub(crate) mod early;
 mod fair;
 pub(crate) mod layer;
 pub(crate) mod prefetch;
+mod recent;
 mod refuse;
 mod share;
 mod shelf;
@@ -55,6 +57,7 @@ use complete::Completer;
 use deadlines::Deadlines;
 use decode::{Decoders, Lane};
 use layer::{Layer, LayerFile};
+use recent::Recent;
 use shelf::Shelf;
 
 /// Threads of the network runtime: they only move bytes.
@@ -95,6 +98,7 @@ pub(crate) struct Engine {
     demand: share::Limits,
     prefetch: share::Limits,
     deadlines: Deadlines,
+    recent: Recent,
     shelf: Shelf,
     /// [`Engine::keep_held`] is under way.
     keeping: AtomicBool,
@@ -138,6 +142,7 @@ impl Engine {
             demand: transfer::demand(),
             prefetch: transfer::prefetch(),
             deadlines: Deadlines::default(),
+            recent: Recent::default(),
             shelf: Shelf::default(),
             keeping: AtomicBool::new(false),
             quiet: Quiet::default(),
@@ -306,7 +311,7 @@ impl Engine {
                         length,
                         deadline,
                         missing: BTreeSet::new(),
-                        whole: state.strict,
+                        whole: state.is_withheld(),
                         answer,
                     });
                     Outcome::Wait(enqueue(&mut state, &source, waiter))
@@ -370,11 +375,7 @@ impl Engine {
     fn answer(&self, object: &Object, snapshot: &Snapshot, offset: u64, length: usize, answer: Answer) {
         // Only now the length is known if images disagreed about it.
         let left = usize::try_from(object.size().saturating_sub(offset)).unwrap_or(usize::MAX);
-        let length = if snapshot.is_complete() {
-            length.min(left)
-        } else {
-            length
-        };
+        let length = length.min(left);
         let mut bytes = Vec::with_capacity(length);
         match snapshot.read_into(&self.store, &object.digest, offset, length, &mut bytes) {
             Ok(()) => answer(Ok(&bytes)),
@@ -397,11 +398,14 @@ impl Engine {
             }
             state.generation
         };
+        // In this order: what is no longer pending is an object.
+        let pending = self.store.pending_size(&object.digest).is_some();
         let complete = self.store.object_size(&object.digest);
         let backing = if complete.is_some() {
             Backing::Complete(None)
         } else {
             match file {
+                Some(_) if pending => Backing::Pending,
                 Some(file) if file.chunks.len() > 1 => {
                     match self.store.partial(&object.digest, file.size(), &file.chunks) {
                         Ok(partial) => Backing::Partial(partial),
@@ -733,7 +737,7 @@ fn enqueue(
         match state.has(chunk) {
             Presence::Here => continue,
             Presence::Coming => {}
-            Presence::Unverified | Presence::Missing => fetch.push(chunk),
+            Presence::Unconfirmed | Presence::Unverified | Presence::Missing => fetch.push(chunk),
         }
         waiter.missing.insert(chunk);
     }

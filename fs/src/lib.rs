@@ -22,6 +22,7 @@ mod object;
 mod object_fs;
 mod quiet;
 mod service;
+mod settle;
 mod verify;
 
 use std::sync::{Mutex, MutexGuard, PoisonError};

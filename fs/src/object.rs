@@ -100,6 +100,8 @@ pub(crate) enum Backing {
     Unkept,
     /// Some chunks may be here.
     Partial(Arc<PartialObject>),
+    /// All of it, verified, but the disk has not confirmed it: what is read is hashed again.
+    Pending,
     /// All of it, in the store's objects. The file is there while the object is open.
     Complete(Option<Arc<File>>),
 }
@@ -149,6 +151,8 @@ pub(crate) struct State {
     pub(crate) list: Option<ListId>,
     /// Images disagree about the chunk list: nothing is exposed before the whole hash was checked.
     pub(crate) strict: bool,
+    /// The list by which all of the object was brought and its whole hash was right.
+    pub(crate) proven: Option<ListId>,
     /// Images disagree about the length: nobody is told it before the object is complete. Implies `strict`.
     disputed: bool,
     /// Which of the lists that images disagree about is to be used next; see [`State::turn`].
@@ -167,6 +171,8 @@ pub(crate) struct State {
     pub(crate) opens: u32,
     /// Chunks on their way, by index.
     pub(crate) flights: BTreeMap<u32, Flight>,
+    /// Verified chunks that are still in memory, because the disk has not confirmed them.
+    pub(crate) recent: BTreeMap<u32, Arc<Vec<u8>>>,
     /// Reads that wait.
     pub(crate) waiters: Vec<Waiter>,
     /// Chunks whose bytes were wrong once; the next time the reads that wait fail.
@@ -295,6 +301,7 @@ impl State {
     pub(crate) fn change_list(&mut self) {
         self.generation = self.generation.wrapping_add(1);
         self.flights.clear();
+        self.recent.clear();
         self.wrong.clear();
         self.list = None;
         self.progress = None;
@@ -316,10 +323,25 @@ impl State {
             return;
         }
         match &mut self.backing {
-            Backing::Partial(_) | Backing::Unkept => self.backing = Backing::Unknown,
+            Backing::Partial(_) | Backing::Unkept => {
+                self.backing = Backing::Unknown;
+                // The next one to open it counts its chunks anew; one that is only in memory would never be
+                // counted.
+                self.recent.clear();
+            }
             Backing::Complete(file) => *file = None,
-            Backing::Unknown | Backing::Nothing => {}
+            Backing::Unknown | Backing::Nothing | Backing::Pending => {}
         }
+    }
+
+    /// Whether nothing may be exposed before the object is complete. The chunks of a list that led to the
+    /// right whole are right, also while the disk has not confirmed the object.
+    pub(crate) fn is_withheld(&self) -> bool {
+        self.strict && !self.is_proven()
+    }
+
+    fn is_proven(&self) -> bool {
+        matches!(self.backing, Backing::Pending) && self.list.is_some() && self.list == self.proven
     }
 
     /// The bytes of a range, if they are here and may be exposed.
@@ -327,7 +349,10 @@ impl State {
         if let Backing::Complete(_) = self.backing {
             return Some(Snapshot::complete(&self.backing));
         }
-        if self.strict {
+        if self.is_proven() && matches!(self.list, Some(ListId::Zeros(_))) {
+            return Some(Snapshot::zeros());
+        }
+        if self.is_withheld() {
             return None;
         }
         let source = self.source()?;
@@ -337,13 +362,24 @@ impl State {
             if self.has(index) != Presence::Here {
                 return None;
             }
-            if let (Some(Flight::Writing(bytes)), Some(chunk)) =
-                (self.flights.get(&index), chunks.get(index as usize))
-            {
+            let in_memory = match self.flights.get(&index) {
+                Some(Flight::Writing(bytes)) => Some(bytes),
+                _ => self.recent.get(&index),
+            };
+            if let (Some(bytes), Some(chunk)) = (in_memory, chunks.get(index as usize)) {
                 memory.push((chunk.file_offset, Arc::clone(bytes)));
             }
         }
         Some(Snapshot::new(&self.backing, memory))
+    }
+
+    /// Whether the disk has confirmed the chunk.
+    pub(crate) fn is_confirmed(&self, chunk: u32) -> bool {
+        match &self.backing {
+            Backing::Complete(_) => true,
+            Backing::Partial(partial) => partial.state(chunk as usize) == ChunkState::Present,
+            Backing::Unknown | Backing::Nothing | Backing::Unkept | Backing::Pending => false,
+        }
     }
 
     /// Whether the chunk is here or on its way.
@@ -354,13 +390,17 @@ impl State {
         match self.flights.get(&chunk) {
             Some(Flight::Claimed) => return Presence::Coming,
             Some(Flight::Writing(_)) => return Presence::Here,
+            None if self.recent.contains_key(&chunk) => return Presence::Here,
             None => {}
         }
-        let Backing::Partial(partial) = &self.backing else {
-            return Presence::Missing;
+        let partial = match &self.backing {
+            Backing::Partial(partial) => partial,
+            Backing::Pending => return Presence::Unconfirmed,
+            _ => return Presence::Missing,
         };
         match partial.state(chunk as usize) {
             ChunkState::Present => Presence::Here,
+            ChunkState::Unconfirmed => Presence::Unconfirmed,
             ChunkState::Unverified => Presence::Unverified,
             ChunkState::Missing => Presence::Missing,
         }
@@ -379,12 +419,14 @@ pub(crate) fn chunks_under(chunks: &[Chunk], offset: u64, length: usize) -> Rang
 /// Where a chunk is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Presence {
-    /// Verified: on disk or in memory.
+    /// Verified: in memory, or on disk and confirmed.
     Here,
     /// Claimed.
     Coming,
     /// On disk from an earlier process.
     Unverified,
+    /// Verified once, and on disk as far as the kernel has said until now.
+    Unconfirmed,
     /// Nowhere.
     Missing,
 }

@@ -19,6 +19,7 @@ use crate::load::{self, Loaded, Outcome};
 use crate::mount::{self, FuseMount};
 use crate::native::Native;
 use crate::object_fs::{self, Lookups, Served};
+use crate::settle::Settler;
 use crate::verify::background::Checker;
 use crate::{LayerReport, LoadRequest, Options, Progress, Stats, lock};
 
@@ -40,6 +41,7 @@ pub(crate) struct Shared {
     pub(crate) lookups: Arc<Lookups>,
     native: Native,
     checker: Checker,
+    settler: Settler,
     fuse: FuseMount,
     objects: OwnedFd,
     served: Mutex<Served>,
@@ -197,6 +199,7 @@ impl Service {
         let lookups = Arc::<Lookups>::default();
         let native = Native::start()?;
         let checker = Checker::start(&engine)?;
+        let settler = Settler::start(&engine)?;
         let served = object_fs::serve(&engine, &lookups, object_fs::duplicate(&fuse.device)?)?;
         engine.listen(Box::new(Hooks::start(
             &engine,
@@ -213,6 +216,7 @@ impl Service {
                 lookups,
                 native,
                 checker,
+                settler,
                 fuse,
                 objects,
                 served: Mutex::new(served),
@@ -344,6 +348,7 @@ impl Shared {
                 tracing::error!(%error, "the object file system stays until its last mount is gone");
             }
         }
+        self.settler.stop();
         if let Err(error) = self.engine.store.checkpoint() {
             tracing::error!(%error, "the store was not closed cleanly");
         }

@@ -148,6 +148,15 @@ pub enum Error {
     /// All chunks matched their digests, but the whole did not match its own: the TOC lied. The data is gone.
     #[error("object {0} was discarded: its chunks are those of the TOC, but the whole has another digest")]
     Discarded(Digest),
+    /// The disk reports no error, but not all of these files are there.
+    #[error(
+        "the disk of store {0:?} did not keep all that was written to it; see that it has room and no errors"
+    )]
+    NotKept(PathBuf),
+    /// Bytes of a partial object that were right are not any more: the disk has not taken them. They are
+    /// missing again.
+    #[error("the disk has lost bytes of object {0}; see that it has room and no errors")]
+    Lost(Digest),
     /// A record that is too large to be kept.
     #[error("record {path:?} would have {size} bytes, the limit is {limit}")]
     RecordTooLarge {

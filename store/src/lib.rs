@@ -7,11 +7,12 @@
 //! |---|---|---|
 //! | `version` | layout of the directory, one line | `fsync` of file and directory, when the store is made |
 //! | `lock` | `flock` of the process that owns the store; holds its process id | - |
-//! | `marker` | JSON: boot id, clean or not, time of the last checkpoint ([`recovery`]) | `fsync` of file and directory |
-//! | `objects/ab/cdef...` | complete files by sha256, mode 0444; an overlay data layer | checkpoint; re-hashed after a power loss |
+//! | `marker` | JSON: boot and mount, clean or not, time of the last checkpoint ([`recovery`]) | `fsync` of file and directory |
+//! | `objects/ab/cdef...` | complete files by sha256, mode 0444; an overlay data layer | `syncfs` before they get this name ([`durable`]) |
+//! | `pending/abcdef...` | complete files that the disk has not confirmed ([`pending`]) | nothing: hashed at each read |
 //! | `partial/ab/cdef....data` | sparse file of an object some of whose chunks are missing | nothing: chunks are hashed again |
 //! | `partial/ab/cdef....map` | header and one byte for each chunk ([`partial`]) | nothing, same reason |
-//! | `erofs/<manifest>.v<n>.erofs` | metadata image of an image's tree, by writer version ([`erofs`]) | checkpoint; removed after a power loss |
+//! | `erofs/<manifest>.v<n>.erofs` | metadata image of an image's tree, by writer version ([`erofs`]) | `fsync` before it gets this name |
 //! | `records/images/<manifest>` | manifest, config and layer digests ([`records`]) | checksum in the file |
 //! | `records/names/<sha256 of the name>` | what an image name meant | checksum in the file |
 //! | `records/layers/<blob>` | index of a layer | checksum in the file |
@@ -20,14 +21,19 @@
 //! | `mounts/` | scratch directories of mounts; the server's | - |
 //! | `run/` | the server's socket; the server's | - |
 //!
-//! What must hold: a name below `objects/` exists only for content that hashes to it, and never changes once it is there.
+//! What must hold: a name below `objects/` exists only for content that hashes to it and that the disk has,
+//! and never changes once it is there. What the disk has not confirmed is hashed after each read, before a
+//! byte of it is exposed.
 //! Everything else may be thrown away at any time. The root has mode 0700 and belongs to the user that runs the server, so
 //! nobody else can put bytes into it; that is why a checksum is enough for records.
 
+pub mod durable;
 pub mod erofs;
 mod error;
+mod marker;
 pub mod objects;
 pub mod partial;
+pub mod pending;
 pub mod records;
 pub mod recovery;
 pub mod usage;
@@ -38,14 +44,16 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use rustix::fs::{Mode, OFlags};
 
+pub use durable::Watch;
 use error::Context;
 pub use error::Error;
 pub use objects::{ObjectWriter, Verdict};
 pub use partial::{ChunkState, PartialObject};
+pub use pending::Checked;
 pub use records::{ImageRecord, LayerVerdict};
 pub use usage::{Count, Usage};
 
@@ -54,8 +62,9 @@ const LAYOUT: &str = "peel store 1";
 
 /// Directories of the root and their modes. `objects` and its shards are readable so that a data layer works like any
 /// other directory; the root above keeps others out.
-const DIRECTORIES: [(&str, u32); 10] = [
+const DIRECTORIES: [(&str, u32); 11] = [
     ("objects", 0o755),
+    ("pending", 0o700),
     ("partial", 0o700),
     ("erofs", 0o700),
     ("records", 0o700),
@@ -89,15 +98,39 @@ pub struct Store {
 #[derive(Debug)]
 struct Inner {
     root: PathBuf,
+    /// Open since before the first write, so that `syncfs` reports every error of one.
     root_fd: OwnedFd,
     objects_fd: OwnedFd,
     /// Held from [`Store::lock`] until the last handle goes.
     lock: Mutex<Option<File>>,
-    marker: recovery::Marker,
+    marker: marker::Marker,
+    /// This process owns the store and has recovered it.
+    locked: AtomicBool,
     partials: partial::Registry,
+    pending: pending::Pending,
+    syncs: durable::Syncs,
+    turn: Mutex<durable::Turn>,
+    watch: Watcher,
+    /// How many of the next syncs fail.
+    #[cfg(test)]
+    failures: std::sync::atomic::AtomicU32,
     next_temporary: AtomicU64,
     /// Set once the file system has refused `O_TMPFILE`.
     named_temporaries: AtomicBool,
+}
+
+/// Who hears what becomes of what is written.
+#[derive(Default)]
+struct Watcher(OnceLock<Box<dyn Watch>>);
+
+impl std::fmt::Debug for Watcher {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(if self.0.get().is_some() {
+            "watched"
+        } else {
+            "not watched"
+        })
+    }
 }
 
 impl Store {
@@ -116,8 +149,8 @@ impl Store {
         for shard in 0..=u8::MAX {
             make_directory(&root.join(format!("objects/{shard:02x}")), 0o755)?;
         }
-        let marker = recovery::Marker::new(&root)?;
         let root_fd = open_directory(&root)?;
+        let marker = marker::Marker::new(&root, root_fd.as_fd())?;
         let objects_fd = open_directory(&root.join("objects"))?;
         let store = Self {
             inner: Arc::new(Inner {
@@ -126,7 +159,14 @@ impl Store {
                 objects_fd,
                 lock: Mutex::new(None),
                 marker,
+                locked: AtomicBool::new(false),
                 partials: partial::Registry::default(),
+                pending: pending::Pending::default(),
+                syncs: durable::Syncs::default(),
+                turn: Mutex::default(),
+                watch: Watcher::default(),
+                #[cfg(test)]
+                failures: std::sync::atomic::AtomicU32::new(0),
                 next_temporary: AtomicU64::new(0),
                 named_temporaries: AtomicBool::new(false),
             }),

@@ -2,9 +2,10 @@
 //!
 //! Called by the fetcher for every small file of an image ([`Store::add_verified`], thousands per second) and by those who
 //! lay out a whole layer ([`Store::object_writer`]). An object is written to an unnamed file (`O_TMPFILE`) in the directory
-//! where it will stand and then linked to its name: a kill at any moment leaves nothing, `link` never replaces an existing
-//! object, and threads do not meet in one temporary directory or in the kernel's lock of cross-directory renames. Where
-//! the file system has no unnamed files, a named one in `tmp/` takes their place.
+//! where it will stand and then linked into `pending/`: a kill at any moment leaves nothing half-written,
+//! `link` never replaces what is there, and the blocks lie where the directory's files do. Where the file
+//! system has no unnamed files, a named one in
+//! `tmp/` takes their place. It is an object once the disk has confirmed it ([`crate::durable`]).
 //!
 //! Mode 0444: nobody has a reason to write, and overlayfs opens it with the mounter's rights for reading and copy-up.
 
@@ -19,6 +20,7 @@ use peel_image::{Digest, Hasher};
 use rustix::fs::{Access, AtFlags, CWD, Mode, OFlags, RenameFlags};
 use rustix::io::Errno;
 
+use crate::durable::Begun;
 use crate::error::{Context, Error};
 use crate::{Store, remove_quietly};
 
@@ -48,6 +50,9 @@ pub struct ObjectWriter {
     hasher: Hasher,
     buffer: Vec<u8>,
     file: Option<Temporary>,
+    /// Bytes that the file has.
+    size: u64,
+    begun: Begun,
     /// A write has failed, so the file may lack bytes that the hasher has seen.
     broken: bool,
 }
@@ -81,7 +86,7 @@ impl Store {
         self.objects_dir().join(Self::object_name(digest))
     }
 
-    /// Whether the object is complete.
+    /// Whether the object is complete and on the disk.
     pub fn has_object(&self, digest: &Digest) -> bool {
         let name = Self::object_name(digest);
         rustix::fs::accessat(&self.inner.objects_fd, &name, Access::EXISTS, AtFlags::empty()).is_ok()
@@ -116,17 +121,21 @@ impl Store {
             hasher: Hasher::new(),
             buffer: Vec::new(),
             file: None,
+            size: 0,
+            begun: self.inner.syncs.begin_write(),
             broken: false,
         })
     }
 
-    /// Adds an object whose bytes the caller has already hashed to `digest`. Nothing happens when the store has it.
+    /// Adds an object whose bytes the caller has already hashed to `digest`: it is pending, until
+    /// [`Store::settle`]. Nothing happens when the store has it.
     pub fn add_verified(&self, digest: &Digest, bytes: &[u8]) -> Result<(), Error> {
         debug_assert_eq!(Digest::of(bytes), *digest, "add_verified needs verified bytes");
-        if self.has_object(digest) {
+        if self.has_object(digest) || self.pending_size(digest).is_some() {
             return Ok(());
         }
-        let _writing = self.begin_write()?;
+        self.check_locked()?;
+        let begun = self.inner.syncs.begin_write();
         let name = Self::object_name(digest);
         let shard = name.get(..2).unwrap_or(".");
         let mut temporary = self.temporary(shard)?;
@@ -134,26 +143,31 @@ impl Store {
             .file
             .write_all(bytes)
             .context("write object", &self.object_path(digest))?;
-        self.publish(temporary, &name)
+        self.publish(temporary, digest, bytes.len() as u64, &begun)
     }
 
     /// Adds an object of `size` zeros as a hole, which takes neither memory nor space; false if `digest` is not that of these zeros. Takes
-    /// as long as hashing them. Nothing happens when the store has it.
+    /// as long as hashing them. It is pending, until [`Store::settle`]. Nothing happens when the store has
+    /// it.
     pub fn add_zeros(&self, digest: &Digest, size: u64) -> Result<bool, Error> {
         if self.has_object(digest) {
             return Ok(self.object_size(digest) == Some(size));
         }
+        if let Some(pending) = self.pending_size(digest) {
+            return Ok(pending == size);
+        }
         if Digest::of_zeros(size) != *digest {
             return Ok(false);
         }
-        let _writing = self.begin_write()?;
+        self.check_locked()?;
+        let begun = self.inner.syncs.begin_write();
         let name = Self::object_name(digest);
         let temporary = self.temporary(name.get(..2).unwrap_or("."))?;
         temporary
             .file
             .set_len(size)
             .context("write object", &self.object_path(digest))?;
-        self.publish(temporary, &name)?;
+        self.publish(temporary, digest, size, &begun)?;
         Ok(true)
     }
 
@@ -212,33 +226,37 @@ impl Store {
         })
     }
 
-    /// Gives a complete file its name. An object that is there already stays, and the new file goes.
-    fn publish(&self, mut temporary: Temporary, name: &str) -> Result<(), Error> {
-        let objects = &self.inner.objects_fd;
-        let result = match &temporary.name {
-            Some(old) => rustix::fs::renameat_with(CWD, old, objects, name, RenameFlags::NOREPLACE),
-            None => match rustix::fs::linkat(&temporary.file, c"", objects, name, AtFlags::EMPTY_PATH) {
+    /// Makes a complete file pending. One that is there already stays, and the new file goes.
+    fn publish(
+        &self,
+        mut temporary: Temporary,
+        digest: &Digest,
+        size: u64,
+        begun: &Begun,
+    ) -> Result<(), Error> {
+        let path = self.pending_path(digest);
+        let stamp = self.inner.syncs.end_write(begun);
+        let taken = self.pend(digest, size, stamp, || match &temporary.name {
+            Some(old) => rustix::fs::renameat_with(CWD, old, CWD, &path, RenameFlags::NOREPLACE),
+            None => match rustix::fs::linkat(&temporary.file, c"", CWD, &path, AtFlags::EMPTY_PATH) {
                 // open_by_handle-like rights are needed for an empty path before Linux 6.10; /proc needs none.
                 Err(Errno::NOENT) => {
                     let link = format!("/proc/self/fd/{}", temporary.file.as_raw_fd());
-                    rustix::fs::linkat(CWD, link, objects, name, AtFlags::SYMLINK_FOLLOW)
+                    rustix::fs::linkat(CWD, link, CWD, &path, AtFlags::SYMLINK_FOLLOW)
                 }
                 result => result,
             },
-        };
-        match result {
-            Ok(()) => {
-                temporary.name = None;
-                Ok(())
-            }
-            Err(Errno::EXIST) => Ok(()),
-            Err(error) => Err(error).context("name object", &self.objects_dir().join(name)),
+        })?;
+        if taken {
+            temporary.name = None;
         }
+        Ok(())
     }
 }
 
 impl ObjectWriter {
-    /// Ends the object and makes it visible. With `expected`, a different digest is an error and nothing appears.
+    /// Ends the object, which is pending then, until [`Store::settle`]. With `expected`, a different digest
+    /// is an error and nothing appears.
     /// An error too when an earlier write has failed.
     pub fn finish(mut self, expected: Option<&Digest>) -> Result<Digest, Error> {
         if self.broken {
@@ -252,10 +270,10 @@ impl ObjectWriter {
                 found,
             });
         }
-        if self.store.has_object(&found) {
+        if self.store.has_object(&found) || self.store.pending_size(&found).is_some() {
             return Ok(found);
         }
-        let _writing = self.store.begin_write()?;
+        self.store.check_locked()?;
         let name = Store::object_name(&found);
         let mut temporary = match self.file.take() {
             Some(temporary) => temporary,
@@ -265,7 +283,8 @@ impl ObjectWriter {
             .file
             .write_all(&self.buffer)
             .context("write object", &self.store.object_path(&found))?;
-        self.store.publish(temporary, &name)?;
+        self.size += self.buffer.len() as u64;
+        self.store.publish(temporary, &found, self.size, &self.begun)?;
         Ok(found)
     }
 }
@@ -303,6 +322,7 @@ impl ObjectWriter {
             })?),
         };
         temporary.file.write_all(&self.buffer)?;
+        self.size += (self.buffer.len() + data.len()) as u64;
         self.buffer.clear();
         temporary.file.write_all(data)
     }

@@ -194,9 +194,10 @@ impl Store {
         }
     }
 
-    /// Writes the EROFS image of an image's tree and returns its path.
+    /// Writes the EROFS image of an image's tree and returns its path. It has its name only once it is on the
+    /// disk: the kernel reads it without a check of ours.
     pub fn put_erofs_image(&self, manifest_digest: &Digest, tree: &Tree) -> Result<PathBuf, Error> {
-        let _writing = self.begin_write()?;
+        self.check_locked()?;
         let path = self.erofs_path(manifest_digest);
         let temporary = self.temporary_path();
         let write = || -> Result<(), Error> {
@@ -205,6 +206,7 @@ impl Store {
                 Error::ImageOutput(source) => at("write", &path, source),
                 other => other,
             })?;
+            file.sync_all().context("write", &path)?;
             fs::rename(&temporary, &path).context("rename to", &path)
         };
         let result = write();

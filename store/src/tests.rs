@@ -82,6 +82,7 @@ fn a_store_whose_version_a_power_loss_emptied_is_a_store() {
         let store = Store::open(directory.path()).unwrap();
         store.lock().unwrap();
         store.add_verified(&digest, b"x").unwrap();
+        store.settle().unwrap();
     }
     let version = directory.path().join("version");
     fs::write(&version, "").unwrap();

@@ -20,10 +20,20 @@ pub struct Count {
     pub disk_bytes: u64,
 }
 
+impl Count {
+    const fn plus(self, other: Self) -> Self {
+        Self {
+            files: self.files + other.files,
+            bytes: self.bytes + other.bytes,
+            disk_bytes: self.disk_bytes + other.disk_bytes,
+        }
+    }
+}
+
 /// What the store holds.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Usage {
-    /// Complete objects.
+    /// Complete objects, and pending ones.
     pub objects: Count,
     /// Data files of partial objects.
     pub partials: Count,
@@ -40,7 +50,7 @@ impl Store {
     pub fn usage(&self) -> Result<Usage, Error> {
         let root = self.root();
         Ok(Usage {
-            objects: count(&root.join("objects"), "")?,
+            objects: count(&root.join("objects"), "")?.plus(count(&root.join("pending"), "")?),
             partials: count(&root.join("partial"), ".data")?,
             erofs_images: count(&root.join("erofs"), "")?,
             images: count(&root.join("records/images"), "")?,
@@ -60,9 +70,7 @@ fn count(directory: &Path, suffix: &str) -> Result<Count, Error> {
         };
         if metadata.is_dir() {
             let below = count(&path, suffix)?;
-            total.files += below.files;
-            total.bytes += below.bytes;
-            total.disk_bytes += below.disk_bytes;
+            total = total.plus(below);
         } else if entry.file_name().to_string_lossy().ends_with(suffix) {
             total.files += 1;
             total.bytes += metadata.len();

@@ -236,19 +236,9 @@ impl World {
 
     /// Ends the store's server with a signal and waits until it is gone.
     pub fn end_server(&self, signal: Signal) {
-        let Some(pid) = self.server() else { return };
-        let fd = rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty()).unwrap();
-        rustix::process::pidfd_send_signal(&fd, signal).unwrap();
-        let limit = rustix::event::Timespec {
-            tv_sec: 60,
-            tv_nsec: 0,
-        };
-        let mut ended = [rustix::event::PollFd::new(&fd, rustix::event::PollFlags::IN)];
-        assert_eq!(
-            rustix::event::poll(&mut ended, Some(&limit)).unwrap(),
-            1,
-            "the server does not end"
-        );
+        if let Some(pid) = self.server() {
+            end_process(pid, signal);
+        }
     }
 
     /// Mounts below the world's directory.
@@ -374,6 +364,22 @@ impl Drop for Running {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+/// Ends a process with a signal and waits until it is gone.
+pub fn end_process(pid: Pid, signal: Signal) {
+    let fd = rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty()).unwrap();
+    rustix::process::pidfd_send_signal(&fd, signal).unwrap();
+    let limit = rustix::event::Timespec {
+        tv_sec: 60,
+        tv_nsec: 0,
+    };
+    let mut ended = [rustix::event::PollFd::new(&fd, rustix::event::PollFlags::IN)];
+    assert_eq!(
+        rustix::event::poll(&mut ended, Some(&limit)).unwrap(),
+        1,
+        "the server does not end"
+    );
 }
 
 /// Reads a file whole; the error number when that fails.

@@ -9,7 +9,7 @@ use peel_image::annotations::{LAYER_DIGEST, PODMAN_MANIFEST_POSITION, TOC_IMAGE_
 use peel_image::estargz::{TOC_JSON_MAX, TOC_MEMBER_MAX};
 use peel_testkit::registry::Registry;
 use peel_tests::image::{ESTARGZ, Layer, Tar, entry, estargz_with, gzip, noise, push, zstd_chunked};
-use peel_tests::world::{World, errors, read};
+use peel_tests::world::{World, errors, eventually, read};
 use peel_writer::{Dialect, Format};
 use serde_json::{Value, json};
 
@@ -358,6 +358,7 @@ fn a_file_of_zeros_needs_neither_bytes_nor_memory() {
         .join("objects")
         .join(&digest[..2])
         .join(&digest[2..]);
+    eventually("the disk has the file", || object.exists());
     let metadata = object.metadata().unwrap();
     assert_eq!(metadata.len(), SIZE as u64);
     assert_eq!(

@@ -6,7 +6,7 @@ use std::path::Path;
 
 use peel_image::Digest;
 use peel_tests::image::{Layer, Tar, noise, push};
-use peel_tests::world::{World, read};
+use peel_tests::world::{World, eventually, read};
 
 /// Chunks of this many bytes, so that a file can be half here.
 const CHUNK: usize = 64 << 10;
@@ -52,6 +52,7 @@ fn a_common_file_is_fetched_once_and_is_one_inode() {
     let digest = Digest::of(&common);
     let hex = digest.hex();
     let object = world.store().join("objects").join(&hex[..2]).join(&hex[2..]);
+    eventually("the disk has the file", || object.exists());
     let same: Vec<_> = world
         .objects()
         .into_iter()

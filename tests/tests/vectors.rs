@@ -1,7 +1,7 @@
 //! The images of the vectors, made by the upstream tools: each mounts to the tree that containerd unpacks, runs, and is
 //! listed the same without being mounted.
 
-use peel_tests::world::{TAGS, World, assert_expected, vector};
+use peel_tests::world::{TAGS, World, assert_expected, eventually, vector};
 
 #[test]
 fn every_image_mounts_to_the_tree_that_containerd_unpacks() {
@@ -29,16 +29,18 @@ fn all_images_mounted_at_once_hold_each_file_once() {
         .filter(|line| !line.contains("\"size\": 0,"))
         .filter_map(|line| line.split("\"sha256\": \"").nth(1)?.split('"').next())
         .collect();
-    let objects: std::collections::BTreeSet<String> = world
-        .objects()
-        .iter()
-        .map(|path| {
-            let name = path.strip_prefix(world.store().join("objects")).unwrap();
-            name.to_str().unwrap().replace('/', "")
-        })
-        .collect();
+    let objects = || -> std::collections::BTreeSet<String> {
+        let paths = world.objects().into_iter();
+        paths
+            .map(|path| {
+                let name = path.strip_prefix(world.store().join("objects")).unwrap();
+                name.to_str().unwrap().replace('/', "")
+            })
+            .collect()
+    };
+    // It is one once the disk has it.
     for digest in &digests {
-        assert!(objects.contains(*digest), "no object {digest}");
+        eventually(&format!("object {digest}"), || objects().contains(*digest));
     }
     for dir in &dirs {
         world.umount(dir);

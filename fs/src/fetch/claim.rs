@@ -32,7 +32,7 @@ pub(crate) struct Claim {
 pub(crate) enum Claimed {
     /// It must be fetched.
     Fetch(Claim),
-    /// It is on disk and must be hashed.
+    /// It is on disk and must be hashed before it is answered.
     Verify(Claim),
     /// It is here, on its way, or not to be had from this layer.
     No,
@@ -132,7 +132,16 @@ impl Engine {
             return Claimed::No;
         }
         let presence = state.has(position.chunk);
-        if !matches!(presence, Presence::Missing | Presence::Unverified) {
+        let claimable = match presence {
+            Presence::Missing | Presence::Unverified => true,
+            // It is only hashed again for a read.
+            Presence::Unconfirmed => state
+                .waiters
+                .iter()
+                .any(|waiter| waiter.missing.contains(&position.chunk)),
+            Presence::Here | Presence::Coming => false,
+        };
+        if !claimable {
             return Claimed::No;
         }
         state.use_list(file.list);
@@ -147,10 +156,10 @@ impl Engine {
             generation,
             settled: false,
         };
-        if presence == Presence::Unverified {
-            Claimed::Verify(claim)
-        } else {
+        if presence == Presence::Missing {
             Claimed::Fetch(claim)
+        } else {
+            Claimed::Verify(claim)
         }
     }
 

@@ -373,8 +373,8 @@ impl Engine {
     }
 
     /// An object of which all chunks are on disk is made one: here and now if it is small, or if a read waits for that and it is not huge,
-    /// else by and by. True when it is one already.
-    pub(super) fn finish(self: &Arc<Self>, completion: Completion) -> bool {
+    /// else by and by.
+    pub(super) fn finish(self: &Arc<Self>, completion: Completion) {
         let object = Arc::clone(&completion.object);
         let waited_for = || {
             lock(&object.state)
@@ -398,7 +398,6 @@ impl Engine {
                 if waited_for() {
                     self.hurry(&object);
                 }
-                false
             }
         }
     }
@@ -428,16 +427,19 @@ impl Completion {
             .map_or(u64::MAX, |source| source.layer.image)
     }
 
-    /// Hashes the file and makes it an object. False when it did not become one.
-    fn run(self) -> bool {
+    /// Hashes the file and makes it pending.
+    fn run(self) {
         let (engine, object) = (Arc::clone(&self.engine), Arc::clone(&self.object));
         match self.partial.complete() {
             Ok(()) if self.partial.is_complete() => {
-                engine.completed(&object);
-                return true;
+                engine.pended(&object, self.generation);
             }
             // Another thread is at it.
             Ok(()) => {}
+            Err(error @ peel_store::Error::Lost(_)) => {
+                tracing::warn!(file = %object.describe(), %error, "missing bytes are fetched again when they are needed");
+                engine.lost(&object);
+            }
             Err(error) if deliver::is_false(&error) => {
                 let file = object.describe();
                 tracing::error!(%file, object = %object.digest, %error, "the chunks of this file are right, but it is not");
@@ -458,7 +460,6 @@ impl Completion {
                 engine.completer.put_off(self);
             }
         }
-        false
     }
 }
 

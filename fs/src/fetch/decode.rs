@@ -16,7 +16,6 @@ use super::fair::{Bounds, Queues, Refused};
 use super::layer::{Layer, Stream};
 use super::share::Permit;
 use crate::error::Error;
-use crate::lock;
 
 /// Jobs of one image that may wait in each lane. Their bytes are bounded by the transfers' permits; this bounds their number.
 const QUEUE: usize = 4096;
@@ -36,7 +35,7 @@ pub(crate) enum Job {
         claims: Vec<Claim>,
         permit: Permit,
     },
-    /// Hash a chunk that an earlier process left.
+    /// Hash a chunk that is on disk, as far as is known.
     Verify(Claim),
 }
 
@@ -133,7 +132,7 @@ fn run(job: Job) -> u64 {
             more
         }
         Job::Verify(claim) => {
-            verify(claim);
+            claim.verify();
             0
         }
     }
@@ -240,20 +239,5 @@ fn place(chunk: &Chunk) -> Option<Place> {
             Some((inner_offset, chunk.size, chunk.digest))
         }
         peel_image::layer::ChunkSource::Zeros => None,
-    }
-}
-
-fn verify(claim: Claim) {
-    let partial = match &lock(&claim.object.state).backing {
-        crate::object::Backing::Partial(partial) => Arc::clone(partial),
-        _ => return,
-    };
-    match partial.verify(claim.chunk() as usize) {
-        Ok(true) => claim.found(&partial),
-        // Dropping the claim lets the reads that wait fetch the chunk.
-        Ok(false) => {}
-        Err(error) => {
-            tracing::error!(object = %claim.object.digest, %error, "cannot verify what is here of an object");
-        }
     }
 }

@@ -1,12 +1,14 @@
 //! What happens to a chunk when its bytes are here: reads are answered from memory, then the bytes are written behind
-//! their back, and an object whose last chunk came is completed.
+//! their back, and an object whose last chunk came is completed. It is pending then, until the disk has
+//! confirmed it ([`crate::settle`]); reads are answered from memory or from bytes that were hashed after they
+//! were read.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use peel_image::Digest;
-use peel_store::PartialObject;
+use peel_store::Checked;
 
 use super::claim::Claim;
 use super::shelf::Held;
@@ -93,21 +95,68 @@ impl Claim {
         self.landed(true, &Backing::Nothing);
     }
 
-    /// The chunk was on disk, and it is right.
-    pub(super) fn found(self, partial: &Arc<PartialObject>) {
-        let chunk = self.chunk();
-        let last = {
-            let mut state = lock(&self.object.state);
-            if state.generation == self.generation {
-                state.flights.remove(&chunk);
-            }
-            partial.absent() == 0
+    /// The chunk is on disk, as far as is known: reads and hashes it. If it is not right, dropping the claim
+    /// lets the reads that wait fetch it.
+    pub(super) fn verify(self) {
+        let backing = lock(&self.object.state).backing.clone();
+        let Some((_, chunk)) = self.layer.chunk(self.position) else {
+            return;
         };
-        self.engine.arrived(&self.object, chunk);
-        self.landed(last, &Backing::Partial(Arc::clone(partial)));
+        // Chunks that were counted as here before have had their completion.
+        let was_absent = matches!(&backing, Backing::Partial(partial) if partial.absent() > 0);
+        let checked = match &backing {
+            Backing::Partial(partial) => match partial.verify(self.chunk() as usize) {
+                Ok(Some(bytes)) => Ok(Checked::Right(bytes)),
+                Ok(None) => return,
+                Err(error) => Err(error),
+            },
+            Backing::Pending => self.engine.store.read_pending(&self.object.digest, chunk),
+            Backing::Unknown | Backing::Nothing | Backing::Unkept | Backing::Complete(_) => return,
+        };
+        match checked {
+            Ok(Checked::Right(bytes)) => self.found(bytes, &backing, was_absent),
+            Ok(Checked::Wrong) => {
+                let (object, engine, generation) = (
+                    Arc::clone(&self.object),
+                    Arc::clone(&self.engine),
+                    self.generation,
+                );
+                tracing::error!(
+                    file = %object.describe(), layer = %self.layer.digest, object = %object.digest,
+                    "the table of contents gives this file a chunk that it does not have"
+                );
+                self.settle();
+                engine.falsified(&object, generation);
+            }
+            Ok(Checked::Lost) => {
+                let (object, engine) = (Arc::clone(&self.object), Arc::clone(&self.engine));
+                self.settle();
+                engine.lost(&object);
+            }
+            Err(error) => {
+                tracing::error!(object = %self.object.digest, %error, "cannot verify what is here of an object");
+            }
+        }
     }
 
-    /// The bytes are not in memory any more; with `last`, all of the object is on disk.
+    /// The chunk was on disk, and these bytes of it are right. `was_absent` says that chunks of the object
+    /// were missing or unverified before.
+    fn found(self, bytes: Vec<u8>, backing: &Backing, was_absent: bool) {
+        let chunk = self.chunk();
+        {
+            let mut state = lock(&self.object.state);
+            if state.generation != self.generation {
+                drop(state);
+                return self.settle();
+            }
+            state.flights.insert(chunk, Flight::Writing(Arc::new(bytes)));
+        }
+        self.engine.arrived(&self.object, chunk);
+        let last = was_absent && matches!(backing, Backing::Partial(partial) if partial.absent() == 0);
+        self.landed(last, backing);
+    }
+
+    /// The bytes were written; with `last`, all of the object was.
     fn landed(self, last: bool, backing: &Backing) {
         let (object, engine) = (Arc::clone(&self.object), Arc::clone(&self.engine));
         let (chunk, generation) = (self.chunk(), self.generation);
@@ -274,8 +323,52 @@ impl Engine {
         self.start_over(object, waiters);
     }
 
+    /// All of the object is verified and written, by the list of that generation: it is pending, or an object
+    /// already.
+    pub(super) fn pended(self: &Arc<Self>, object: &Arc<Object>, generation: u32) {
+        if self.store.has_object(&object.digest) {
+            return self.completed(object);
+        }
+        let size = self.store.pending_size(&object.digest);
+        let (waiters, corrected) = {
+            let mut state = lock(&object.state);
+            if state.generation != generation || matches!(state.backing, Backing::Complete(_)) {
+                return;
+            }
+            state.backing = Backing::Pending;
+            state.proven = state.list;
+            state.wrong.clear();
+            state.unkept = false;
+            let corrected = size.is_some_and(|size| object.settle_size(&mut state, size));
+            // Those that waited for the whole need not wait for the disk.
+            (std::mem::take(&mut state.waiters), corrected)
+        };
+        if let (true, Some(events)) = (corrected, self.events()) {
+            events.invalidate_later(object.number);
+        }
+        self.start_over_later(object, waiters);
+    }
+
+    /// The disk has lost what was pending of the object, or chunks of it: the reads that wait start over.
+    pub(crate) fn lost(self: &Arc<Self>, object: &Arc<Object>) {
+        let waiters = {
+            let mut state = lock(&object.state);
+            if matches!(state.backing, Backing::Complete(_)) {
+                return;
+            }
+            state.change_list();
+            std::mem::take(&mut state.waiters)
+        };
+        self.start_over_later(object, waiters);
+    }
+
+    /// The disk has confirmed more of what was written.
+    pub(crate) fn confirmed(&self) {
+        self.recent.tidy();
+    }
+
     /// The object stands in the store.
-    pub(super) fn completed(self: &Arc<Self>, object: &Arc<Object>) {
+    pub(crate) fn completed(self: &Arc<Self>, object: &Arc<Object>) {
         let open = lock(&object.state).opens > 0;
         let file = if open {
             self.store.open_object(&object.digest).ok().flatten()
@@ -288,6 +381,7 @@ impl Engine {
             let corrected = size.is_some_and(|size| object.settle_size(&mut state, size));
             state.backing = Backing::Complete(file.map(Arc::new));
             state.flights.clear();
+            state.recent.clear();
             state.wrong.clear();
             state.wrong_turns = 0;
             state.unkept = false;

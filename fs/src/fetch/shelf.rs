@@ -1,7 +1,8 @@
 //! Chunks that the disk did not take: they stay in memory, so that what was fetched is served and not fetched again.
 //!
 //! Used by [`super::deliver`]. What must hold: the memory is bounded, the oldest goes first. While the disk takes nothing, it is
-//! asked only now and then; once it takes something, what is held here is written.
+//! asked only now and then; once it takes something, what is held here is written, and stays in memory like all that the disk has not
+//! confirmed ([`super::recent`]).
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex};
@@ -11,7 +12,7 @@ use super::Engine;
 use super::complete::Completion;
 use super::deliver::is_false;
 use crate::lock;
-use crate::object::{Backing, Flight, Object, Source};
+use crate::object::{Backing, Flight, Object, Presence, Source};
 
 /// Bytes that are held. One chunk may exceed it.
 const BYTES_MAX: usize = 64 << 20;
@@ -191,12 +192,12 @@ impl Engine {
                 true
             }
             Backing::Unknown | Backing::Unkept => return Ok(None),
-            Backing::Complete(_) => false,
+            Backing::Pending | Backing::Complete(_) => false,
         };
         Ok(Some((last, backing)))
     }
 
-    /// A chunk is not in memory any more; with `last`, all of the object is on disk.
+    /// A chunk was written; with `last`, all of the object was. It stays in memory for a while, until the disk has confirmed it.
     pub(super) fn landed(
         self: &Arc<Self>,
         object: &Arc<Object>,
@@ -205,25 +206,36 @@ impl Engine {
         last: bool,
         backing: &Backing,
     ) {
-        let completed = match backing {
-            Backing::Partial(partial) if last => {
-                self.finish(Completion::new(self, object, partial, generation))
+        match backing {
+            Backing::Partial(partial) if last && !partial.is_complete() => {
+                self.finish(Completion::new(self, object, partial, generation));
             }
-            Backing::Partial(_) => false,
-            _ => {
-                if last {
-                    self.completed(object);
-                }
-                last
-            }
-        };
-        if completed {
-            return;
+            Backing::Partial(_) => {}
+            _ if last => self.pended(object, generation),
+            _ => {}
         }
-        let mut state = lock(&object.state);
-        if state.generation == generation {
-            state.flights.remove(&chunk);
+        let kept = {
+            let mut state = lock(&object.state);
+            if state.generation != generation {
+                return;
+            }
+            let kept = match state.flights.remove(&chunk) {
+                // A read of the whole waits for what is on disk.
+                Some(Flight::Writing(bytes))
+                    if !state.is_confirmed(chunk)
+                        && (!state.strict || state.has(chunk) != Presence::Missing) =>
+                {
+                    let length = bytes.len();
+                    state.recent.insert(chunk, bytes);
+                    Some(length)
+                }
+                _ => None,
+            };
             state.rest();
+            kept
+        };
+        if let Some(length) = kept {
+            self.recent.keep(object, chunk, length);
         }
     }
 }

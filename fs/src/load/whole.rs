@@ -1,6 +1,7 @@
 //! Pulls a layer whole: the ordinary way, for layers that cannot be lazy. Nothing of it counts before the digest of the
 //! blob and the digest of its uncompressed bytes (DiffID) are right; files are laid out as objects while they pass. A pull that is
-//! given up leaves whole objects, each right by its own digest, and nothing else.
+//! given up leaves whole objects, each right by its own digest, and nothing else. A layer counts as pulled
+//! once the disk has confirmed its files.
 
 use std::io::{self, Read};
 use std::sync::{Arc, Mutex};
@@ -8,7 +9,7 @@ use std::thread;
 
 use bytes::{Buf, Bytes};
 use peel_image::compression::{self, Guard};
-use peel_image::layer::LayerIndex;
+use peel_image::layer::{EntryKind, LayerIndex};
 use peel_image::path::EntryPath;
 use peel_image::tar::index::{FileSink, HashSink, index_tar};
 use peel_image::{Digest, Hasher};
@@ -95,10 +96,17 @@ fn unpack(
         error: None,
     };
     let result = walk(receiver, diff_id, &mut sink);
-    match sink.error.take() {
-        Some(error) => Err(PullFailure::Store(error)),
-        None => result,
+    if let Some(error) = sink.error.take() {
+        return Err(PullFailure::Store(error));
     }
+    let index = result?;
+    // Nothing but the whole layer brings these, so nobody could serve them before they are objects.
+    let objects = index.entries.iter().filter_map(|entry| match &entry.kind {
+        EntryKind::Regular(content) if content.size > 0 => content.digest.as_ref(),
+        _ => None,
+    });
+    store.make_durable(objects).map_err(PullFailure::Store)?;
+    Ok(index)
 }
 
 /// Reads a blob and keeps nothing of it: its index, if its uncompressed bytes have the DiffID.

@@ -19,6 +19,8 @@ pub(crate) struct Snapshot {
     backing: Backing,
     /// Chunks that are not on disk yet: place in the file and bytes, ascending.
     memory: Vec<(u64, Arc<Vec<u8>>)>,
+    /// All of the object is zeros, by its own hash.
+    zeros: bool,
 }
 
 impl Snapshot {
@@ -27,6 +29,7 @@ impl Snapshot {
         Self {
             backing: backing.clone(),
             memory,
+            zeros: false,
         }
     }
 
@@ -35,12 +38,17 @@ impl Snapshot {
         Self {
             backing: backing.clone(),
             memory: Vec::new(),
+            zeros: false,
         }
     }
 
-    /// Whether all of the object is here.
-    pub(crate) fn is_complete(&self) -> bool {
-        matches!(self.backing, Backing::Complete(_))
+    /// Of an object that is nothing but zeros, by its own hash: there is nothing to read.
+    pub(super) fn zeros() -> Self {
+        Self {
+            backing: Backing::Pending,
+            memory: Vec::new(),
+            zeros: true,
+        }
     }
 
     /// Copies a range that lies inside what the snapshot was taken for; replaces what `bytes` held.
@@ -107,7 +115,14 @@ impl Snapshot {
                 bytes.extend_from_slice(&part);
                 Ok(())
             }
-            Backing::Unknown | Backing::Nothing | Backing::Unkept => Err(io::ErrorKind::NotFound.into()),
+            Backing::Pending if self.zeros => {
+                bytes.resize(length + run, 0);
+                Ok(())
+            }
+            // What is not confirmed is answered from memory only.
+            Backing::Unknown | Backing::Nothing | Backing::Unkept | Backing::Pending => {
+                Err(io::ErrorKind::NotFound.into())
+            }
         }
     }
 }

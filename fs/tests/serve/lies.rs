@@ -186,6 +186,7 @@ fn a_lying_toc_cannot_give_its_bytes_to_another_image() {
         }
         let honest = host.open(&registry.image("good"));
         assert!(fs::read(honest.path("file")).unwrap() == good);
+        eventually("the disk has it", || host.object(&digest).exists());
         assert_eq!(digest_of(&host.object(&digest)), digest);
         drop(liar);
         let again = host.open(&registry.image("evil"));

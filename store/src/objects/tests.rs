@@ -44,6 +44,9 @@ fn an_object_is_added_once() {
         assert!(!store.has_object(&digest));
         assert_eq!(read(store, &digest), None);
         store.add_verified(&digest, content).unwrap();
+        assert!(!store.has_object(&digest) && store.pending_size(&digest) == Some(10));
+        store.add_verified(&digest, content).unwrap();
+        store.settle().unwrap();
         let first = fs::metadata(store.object_path(&digest)).unwrap();
         assert_eq!(first.mode() & 0o7777, 0o444);
         store.add_verified(&digest, content).unwrap();
@@ -62,7 +65,10 @@ fn publishing_never_replaces() {
         store.add_verified(&digest, b"first").unwrap();
         let mut temporary = store.temporary(".").unwrap();
         temporary.file.write_all(b"second").unwrap();
-        store.publish(temporary, &Store::object_name(&digest)).unwrap();
+        let begun = store.inner.syncs.begin_write();
+        store.publish(temporary, &digest, 6, &begun).unwrap();
+        assert_eq!(store.pending_size(&digest), Some(5));
+        store.settle().unwrap();
         assert_eq!(read(store, &digest).as_deref(), Some(b"first".as_slice()));
     });
 }
@@ -95,6 +101,7 @@ fn damage_is_found() {
     let digest = Digest::of(b"content");
     assert_eq!(test.store.verify_object(&digest).unwrap(), Verdict::Absent);
     test.store.add_verified(&digest, b"content").unwrap();
+    test.store.settle().unwrap();
     assert_eq!(test.store.verify_object(&digest).unwrap(), Verdict::Intact);
     let path = test.store.object_path(&digest);
     fs::set_permissions(&path, fs::Permissions::from_mode(0o644)).unwrap();
@@ -124,6 +131,8 @@ fn threads_may_add_the_same_objects() {
                 });
             }
         });
+        assert_eq!(store.usage().unwrap().objects.files, 100);
+        store.settle().unwrap();
         assert_eq!(store.usage().unwrap().objects.files, 100);
         for content in &contents {
             assert_eq!(
@@ -158,6 +167,7 @@ fn pieces_of_any_size_make_the_same_object() {
             rest = after;
         }
         let digest = writer.finish(Some(&Digest::of(&content))).unwrap();
+        test.store.settle().unwrap();
         prop_assert!(read(&test.store, &digest).unwrap() == content);
     });
 }

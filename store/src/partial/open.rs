@@ -6,14 +6,15 @@ use std::io;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU64, AtomicUsize, Ordering};
 
 use peel_image::layer::{Chunk, ChunkSource};
 use peel_image::{Digest, Hasher};
 use rustix::fs::FallocateFlags;
 use rustix::io::Errno;
 
-use super::{COMPLETE, ChunkState, DISCARDED, Extent, HASH_BUFFER, OPEN, PartialObject, map};
+use super::{COMPLETE, ChunkState, DISCARDED, Extent, HASH_BUFFER, HERE, OPEN, PartialObject, map};
+use crate::durable::Stamp;
 use crate::error::{Context, Error};
 use crate::{Store, make_directory, remove_quietly};
 
@@ -22,7 +23,7 @@ impl Store {
     /// earlier process count as present but unverified until they have been hashed again. A map on disk with another
     /// chunk list is thrown away. Runs of zeros are Present from the start. The same list gives the same object as long as
     /// somebody holds it; another list for an object that is being filled is [`Error::ChunkListConflict`]. For an object
-    /// that is complete already the answer has all chunks Present.
+    /// that is complete already the answer has all chunks Present, for a pending one Unconfirmed.
     pub fn partial(&self, digest: &Digest, size: u64, chunks: &[Chunk]) -> Result<Arc<PartialObject>, Error> {
         check_list(digest, size, chunks)?;
         self.check_locked()?;
@@ -46,17 +47,23 @@ impl Store {
                 zeros: matches!(chunk.source, ChunkSource::Zeros),
             })
             .collect();
-        let partial = Arc::new(match self.open_object(digest)? {
-            Some(file) => self.partial_of_object(file, digest, size, extents, list)?,
-            None => self.open_partial(digest, size, extents, list)?,
+        let pending = match self.pending_size(digest) {
+            Some(_) => File::open(self.pending_path(digest)).ok(),
+            None => None,
+        };
+        let partial = Arc::new(match (pending, self.open_object(digest)?) {
+            (_, Some(file)) => self.partial_of_file(file, true, digest, size, extents, list)?,
+            (Some(file), None) => self.partial_of_file(file, false, digest, size, extents, list)?,
+            (None, None) => self.open_partial(digest, size, extents, list)?,
         });
         *live = Arc::downgrade(&partial);
         Ok(partial)
     }
 
-    fn partial_of_object(
+    fn partial_of_file(
         &self,
         data: File,
+        is_object: bool,
         digest: &Digest,
         size: u64,
         chunks: Box<[Extent]>,
@@ -78,15 +85,14 @@ impl Store {
             digest: *digest,
             size,
             list,
-            states: chunks
-                .iter()
-                .map(|_| AtomicU8::new(ChunkState::Present as u8))
-                .collect(),
+            states: chunks.iter().map(|_| AtomicU8::new(HERE)).collect(),
+            stamps: foreign(&chunks),
             chunks,
             absent: AtomicUsize::new(0),
             phase: AtomicU8::new(COMPLETE),
             data,
             map: None,
+            is_object,
         })
     }
 
@@ -114,7 +120,7 @@ impl Store {
                 absent -= 1;
                 // Nothing else vouches for what an earlier process or a power loss left there.
                 punch(&data, extent).context("clear zeros in", &data_path)?;
-                ChunkState::Present as u8
+                HERE
             } else if *here {
                 ChunkState::Unverified as u8
             } else {
@@ -125,6 +131,7 @@ impl Store {
             store: self.clone(),
             digest: *digest,
             size,
+            stamps: foreign(&chunks),
             chunks,
             list,
             states: states.into_boxed_slice(),
@@ -132,6 +139,7 @@ impl Store {
             phase: AtomicU8::new(OPEN),
             data,
             map: Some(map),
+            is_object: false,
         })
     }
 
@@ -170,6 +178,14 @@ impl Store {
         let base = self.root().join("partial").join(Self::object_name(digest));
         (base.with_extension("data"), base.with_extension("map"))
     }
+}
+
+/// The stamps of chunks that this process has not written.
+fn foreign(chunks: &[Extent]) -> Box<[AtomicU64]> {
+    chunks
+        .iter()
+        .map(|_| AtomicU64::new(Stamp::FOREIGN.pack()))
+        .collect()
 }
 
 fn create(path: &Path) -> Result<File, Error> {
@@ -283,7 +299,11 @@ pub(crate) fn remove_leftovers(store: &Store) -> Result<(), Error> {
             });
             let keep = digest.is_some_and(|digest| {
                 let (data, map) = store.partial_paths(&digest);
-                (path == data || path == map) && data.exists() && map.exists() && !store.has_object(&digest)
+                (path == data || path == map)
+                    && data.exists()
+                    && map.exists()
+                    && !store.has_object(&digest)
+                    && store.pending_size(&digest).is_none()
             });
             if !keep {
                 tracing::info!(?path, "removing a partial object that cannot be used");

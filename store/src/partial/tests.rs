@@ -68,7 +68,7 @@ fn states(partial: &PartialObject) -> Vec<ChunkState> {
         .collect()
 }
 
-use ChunkState::{Missing, Present, Unverified};
+use ChunkState::{Missing, Present, Unconfirmed, Unverified};
 
 #[test]
 fn chunks_in_any_order_make_an_object() {
@@ -82,12 +82,17 @@ fn chunks_in_any_order_make_an_object() {
     ));
     for (index, last) in [(2, false), (0, false), (2, false), (3, false), (1, true)] {
         assert_eq!(partial.write(index, sample.part(index)).unwrap(), last);
-        assert_eq!(partial.state(index), Present);
+        assert_eq!(partial.state(index), Unconfirmed);
     }
+    test.store.settle().unwrap();
+    assert_eq!(states(&partial), [Present; 4]);
     assert_eq!(partial.read(999, 5003).unwrap(), &sample.content[999..6002]);
     assert!(!test.store.has_object(&sample.digest));
     partial.complete().unwrap();
-    assert!(partial.is_complete() && test.store.has_object(&sample.digest));
+    assert!(partial.is_complete() && !test.store.has_object(&sample.digest));
+    assert_eq!(states(&partial), [Present; 4]);
+    test.store.settle().unwrap();
+    assert!(test.store.has_object(&sample.digest));
     assert_eq!(partial.read(0, sample.content.len()).unwrap(), sample.content);
     let mut through_fd = vec![0; sample.content.len()];
     rustix::io::pread(partial.file(), &mut through_fd, 0).unwrap();
@@ -123,10 +128,15 @@ fn what_an_earlier_process_left_is_hashed_before_use() {
         [Unverified, Unverified, Unverified, Missing, Present]
     );
     assert_eq!(partial.read(12_000, 3000).unwrap(), [0; 3000]);
-    assert!(partial.verify(0).unwrap() && partial.verify(0).unwrap());
-    assert!(!partial.verify(1).unwrap() && !partial.verify(1).unwrap());
-    assert!(!partial.verify(3).unwrap());
-    assert_eq!(states(&partial), [Present, Missing, Unverified, Missing, Present]);
+    for _ in 0..2 {
+        assert_eq!(partial.verify(0).unwrap().unwrap(), sample.part(0));
+        assert_eq!(partial.verify(1).unwrap(), None);
+    }
+    assert_eq!(partial.verify(3).unwrap(), None);
+    assert_eq!(
+        states(&partial),
+        [Unconfirmed, Missing, Unverified, Missing, Present]
+    );
     assert_eq!(partial.absent(), 3);
     assert!(!partial.write(1, sample.part(1)).unwrap());
     assert!(!partial.write(3, sample.part(3)).unwrap());
@@ -135,6 +145,39 @@ fn what_an_earlier_process_left_is_hashed_before_use() {
         "a write replaces what was not verified"
     );
     partial.complete().unwrap();
+    test.store.settle().unwrap();
+    assert!(
+        !test.store.has_object(&sample.digest),
+        "a part of it was written by another process, whose errors nobody saw"
+    );
+    test.store.checkpoint().unwrap();
+    assert!(test.store.has_object(&sample.digest));
+}
+
+#[test]
+fn chunks_that_the_disk_lost_are_missing_again() {
+    let test = TestStore::new();
+    let sample = Sample::new(&[3000; 4], &[], 12);
+    let partial = sample.open(&test.store).unwrap();
+    for index in 0..4 {
+        partial.write(index, sample.part(index)).unwrap();
+    }
+    let (data, _) = test.store.partial_paths(&sample.digest);
+    let file = File::options().write(true).open(&data).unwrap();
+    file.write_all_at(&[0; 3000], 3000).unwrap();
+    assert_eq!(partial.verify(0).unwrap().unwrap(), sample.part(0));
+    // The table of contents is not to blame.
+    assert!(matches!(partial.complete(), Err(Error::Lost(digest)) if digest == sample.digest));
+    assert_eq!(states(&partial), [Unconfirmed, Missing, Unconfirmed, Unconfirmed]);
+    assert_eq!(partial.absent(), 1);
+    assert!(partial.write(1, sample.part(1)).unwrap());
+    file.set_len(10_000).unwrap();
+    assert_eq!(partial.verify(3).unwrap(), None, "it cannot be read");
+    assert_eq!(partial.absent(), 1);
+    assert!(partial.write(3, sample.part(3)).unwrap());
+    partial.complete().unwrap();
+    test.store.settle().unwrap();
+    assert!(test.store.has_object(&sample.digest));
 }
 
 #[test]
@@ -144,6 +187,7 @@ fn a_list_of_zeros_needs_nothing() {
     let partial = sample.open(&test.store).unwrap();
     assert_eq!(partial.absent(), 0);
     partial.complete().unwrap();
+    test.store.settle().unwrap();
     assert!(test.store.has_object(&sample.digest));
 }
 
@@ -207,6 +251,8 @@ fn a_complete_object_has_every_chunk() {
     let test = TestStore::new();
     let sample = Sample::new(&[300, 300], &[], 7);
     test.store.add_verified(&sample.digest, &sample.content).unwrap();
+    assert_eq!(states(&sample.open(&test.store).unwrap()), [Unconfirmed; 2]);
+    test.store.settle().unwrap();
     let partial = sample.open(&test.store).unwrap();
     assert_eq!((states(&partial), partial.absent()), (vec![Present; 2], 0));
     assert!(!partial.write(0, sample.part(0)).unwrap());
@@ -364,7 +410,7 @@ fn threads_fill_while_others_read() {
                     let partial = sample.open(store).unwrap();
                     for step in 0..3 * sample.chunks.len() {
                         let index = (step * 11 + thread) % sample.chunks.len();
-                        if partial.state(index) == Present {
+                        if matches!(partial.state(index), Present | Unconfirmed) {
                             let chunk = &sample.chunks[index];
                             let bytes = partial.read(chunk.file_offset, sample.part(index).len()).unwrap();
                             assert!(bytes == sample.part(index), "chunk {index}");
@@ -374,6 +420,7 @@ fn threads_fill_while_others_read() {
             }
         });
         assert_eq!(lasts.into_inner(), 1, "exactly one write is the last");
+        test.store.settle().unwrap();
         assert_eq!(
             test.store.verify_object(&sample.digest).unwrap(),
             crate::Verdict::Intact
@@ -414,27 +461,34 @@ fn the_map_follows_a_model() {
             (0..sizes.len()).map(|index| if is_zero(index) { Present } else { Missing }).collect();
         // Whether the bytes on disk are the chunk's.
         let mut good: Vec<bool> = (0..sizes.len()).map(is_zero).collect();
+        let is_here = |state: ChunkState| matches!(state, Present | Unconfirmed);
         for step in steps {
             match step {
                 Step::Write(index) => {
                     let index = index.index(sizes.len());
                     let last = partial.write(index, sample.part(index)).unwrap();
-                    let was = std::mem::replace(&mut model[index], Present);
+                    let was = model[index];
+                    if was != Present {
+                        model[index] = Unconfirmed;
+                    }
                     good[index] = true;
-                    prop_assert_eq!(last, was != Present && model.iter().all(|state| *state == Present));
+                    prop_assert_eq!(last, !is_here(was) && model.iter().copied().all(is_here));
                 }
                 Step::Verify(index) => {
                     let index = index.index(sizes.len());
                     let result = partial.verify(index).unwrap();
-                    if model[index] == Unverified {
-                        model[index] = if good[index] { Present } else { Missing };
+                    if !good[index] {
+                        model[index] = Missing;
+                    } else if model[index] == Unverified {
+                        model[index] = Unconfirmed;
                     }
-                    prop_assert_eq!(result, model[index] == Present);
+                    let part = sample.part(index).to_vec();
+                    prop_assert_eq!(result, is_here(model[index]).then_some(part));
                 }
                 Step::Rot(index) => {
                     let index = index.index(sizes.len());
                     // Verified bytes rot only while no process holds them.
-                    if model[index] != Present {
+                    if !is_here(model[index]) {
                         let byte = [!sample.part(index)[0]];
                         let file = File::options().write(true).open(&data).unwrap();
                         file.write_all_at(&byte, sample.chunks[index].file_offset).unwrap();
@@ -455,16 +509,17 @@ fn the_map_follows_a_model() {
                     }
                 }
                 Step::Complete => {
-                    let complete = model.iter().all(|state| *state == Present);
+                    let complete = model.iter().copied().all(is_here);
                     prop_assert_eq!(partial.complete().is_ok(), complete);
                     if complete {
+                        test.store.checkpoint().unwrap();
                         prop_assert_eq!(test.store.verify_object(&sample.digest).unwrap(), crate::Verdict::Intact);
                         break;
                     }
                 }
             }
             prop_assert_eq!(states(&partial), model.clone());
-            prop_assert_eq!(partial.absent(), model.iter().filter(|state| **state != Present).count());
+            prop_assert_eq!(partial.absent(), model.iter().filter(|state| !is_here(**state)).count());
         }
     });
 }

@@ -6,6 +6,7 @@ use peel_image::Digest;
 
 use super::*;
 use crate::erofs::tests::build::TreeBuilder;
+use crate::marker::Mark;
 use crate::tests::{TestStore, noise};
 
 fn mark(store: &Store) -> Option<Mark> {
@@ -23,6 +24,7 @@ fn add(store: &Store, seed: u64) -> Digest {
     let content = noise(3000, seed);
     let digest = Digest::of(&content);
     store.add_verified(&digest, &content).unwrap();
+    store.settle().unwrap();
     digest
 }
 
@@ -76,14 +78,6 @@ fn the_marker_follows_writes_and_checkpoints() {
     );
     add(&test.store, 2);
     assert!(!mark(&test.store).unwrap().clean);
-
-    let writing = test.store.begin_write().unwrap();
-    test.store.checkpoint().unwrap();
-    let during = mark(&test.store).unwrap();
-    assert!(!during.clean && during.checkpoint >= early, "{during:?}");
-    drop(writing);
-    test.store.checkpoint().unwrap();
-    assert!(mark(&test.store).unwrap().clean);
 }
 
 #[test]
@@ -200,26 +194,55 @@ fn half_finished_work_is_cleared() {
     assert!(test.store.has_object(&digest));
 }
 
+/// Marks of the boot before and of another mount, and what they mean for an object that is damaged.
 #[test]
-fn writers_and_checkpoints_race_without_a_false_clean() {
+fn only_a_marker_of_this_boot_and_this_mount_is_trusted() {
+    type Change<'a> = &'a dyn Fn(&mut Mark);
+    let cases: [(&str, bool, Change<'_>); 6] = [
+        ("as it was", true, &|_| ()),
+        ("another boot", false, &|mark| {
+            mark.boot_id = "another boot".into();
+        }),
+        ("another mount", false, &|mark| {
+            mark.mount = mark.mount.map(|mount| mount + 1);
+        }),
+        ("an earlier version", false, &|mark| mark.mount = None),
+        ("a failed sync", false, &|mark| mark.failed = true),
+        ("clean, another mount", true, &|mark| {
+            (mark.clean, mark.mount) = (true, mark.mount.map(|mount| mount + 1));
+        }),
+    ];
+    for (name, trusted, change) in cases {
+        let test = TestStore::new();
+        let digest = add(&test.store, 1);
+        assert!(mark(&test.store).unwrap().mount.is_some());
+        cut(&test.store, &digest);
+        set_mark(&test.store, change);
+        let test = test.reopen();
+        assert_eq!(test.store.has_object(&digest), trusted, "{name}");
+    }
+}
+
+#[test]
+fn a_store_is_not_clean_after_a_sync_that_failed() {
     let test = TestStore::new();
-    std::thread::scope(|scope| {
-        for thread in 0..3_u64 {
-            let store = &test.store;
-            scope.spawn(move || {
-                for number in 0..100 {
-                    let writing = store.begin_write().unwrap();
-                    assert!(!mark(store).unwrap().clean, "writer {thread}, write {number}");
-                    drop(writing);
-                }
-            });
-        }
-        scope.spawn(|| {
-            for _ in 0..10 {
-                test.store.checkpoint().unwrap();
-            }
-        });
-    });
-    test.store.checkpoint().unwrap();
+    let first = add(&test.store, 1);
+    let content = noise(3000, 2);
+    let second = Digest::of(&content);
+    test.store.add_verified(&second, &content).unwrap();
+    test.store.inner.failures.store(1, Ordering::SeqCst);
+    assert!(test.store.settle().is_err());
+    let after = mark(&test.store).unwrap();
+    assert!(!after.clean && after.failed, "{after:?}");
+    for _ in 0..3 {
+        test.store.checkpoint().unwrap();
+        let after = mark(&test.store).unwrap();
+        assert!(!after.clean && after.failed, "{after:?}");
+    }
+    assert!(test.store.has_object(&second), "it was written once more");
+    // The next process looks.
+    cut(&test.store, &second);
+    let test = test.reopen();
+    assert!(test.store.has_object(&first) && !test.store.has_object(&second));
     assert!(mark(&test.store).unwrap().clean);
 }

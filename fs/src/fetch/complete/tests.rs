@@ -16,6 +16,7 @@ use crate::Options;
 use crate::fetch::claim::Claimed;
 use crate::fetch::layer::{Layer, Position};
 use crate::object::ListId;
+use crate::settle::Settler;
 
 const CHUNK: usize = 3 << 20;
 const CHUNKS: usize = 3;
@@ -23,6 +24,7 @@ const CHUNKS: usize = 3;
 /// An engine that brings files of three chunks from a registry that is not there: the tests have their bytes.
 struct Bench {
     engine: Arc<Engine>,
+    settler: Settler,
     /// Of the store.
     _directory: tempfile::TempDir,
 }
@@ -30,17 +32,17 @@ struct Bench {
 impl Drop for Bench {
     fn drop(&mut self) {
         self.engine.stop();
+        self.settler.stop();
     }
 }
 
 impl Bench {
-    /// Nothing of this name can become an object until the second path is renamed to the first.
-    fn take_shard_away(&self, digest: &Digest) -> (PathBuf, PathBuf) {
-        let path = self.engine.store.object_path(digest);
-        let shard = path.parent().unwrap().to_owned();
-        let away = shard.with_extension("away");
-        std::fs::rename(&shard, &away).unwrap();
-        (shard, away)
+    /// Nothing can be completed until the second path is renamed to the first.
+    fn take_pending_away(&self) -> (PathBuf, PathBuf) {
+        let pending = self.engine.store.root().join("pending");
+        let away = pending.with_extension("away");
+        std::fs::rename(&pending, &away).unwrap();
+        (pending, away)
     }
 
     fn new() -> Self {
@@ -48,8 +50,10 @@ impl Bench {
         let store = Store::open(&directory.path().join("store")).unwrap();
         store.lock().unwrap();
         let engine = Engine::start(store, &Options::default()).unwrap();
+        let settler = Settler::start(&engine).unwrap();
         Self {
             engine,
+            settler,
             _directory: directory,
         }
     }
@@ -169,7 +173,7 @@ fn a_read_of_the_whole_does_not_wait_for_the_queue() {
             let answer = read.recv_timeout(PATIENCE).unwrap();
             assert!(answer.unwrap() == bytes[..100]);
         }
-        assert!(bench.engine.store.has_object(&digest));
+        eventually("it is an object", || bench.engine.store.has_object(&digest));
         let waiting = lock(&bench.engine.completer.waiting);
         assert!(waiting.files.is_empty() && waiting.urgent.is_empty());
     }
@@ -208,14 +212,14 @@ fn a_file_that_the_disk_did_not_take_is_tried_again() {
             other_way[1].digest = Digest::EMPTY;
             bench.register(digest, other_way);
         }
-        let (shard, away) = bench.take_shard_away(&digest);
+        let (pending, away) = bench.take_pending_away();
         bench.bring(&layer, &bytes);
         eventually("the first attempt fails", || lock(&object.state).unkept);
         let read = is_read.then(|| bench.read(&object));
         eventually("it is put off", || {
             lock(&bench.engine.completer.waiting).put_off.len() == 1
         });
-        std::fs::rename(&away, &shard).unwrap();
+        std::fs::rename(&away, &pending).unwrap();
         eventually("it is an object", || bench.engine.store.has_object(&digest));
         if let Some(read) = read {
             assert!(read.recv_timeout(PATIENCE).unwrap().unwrap() == bytes[..100]);
@@ -275,7 +279,9 @@ fn zeros_come_without_the_decode_threads() {
     let (_, object) = bench.register(digest, zeros(digest, size));
     let answer = bench.read(&object).recv_timeout(PATIENCE).unwrap();
     assert_eq!(answer.unwrap(), [0; 100]);
-    assert_eq!(bench.engine.store.object_size(&digest), Some(size));
+    eventually("it is an object", || {
+        bench.engine.store.object_size(&digest) == Some(size)
+    });
 }
 
 #[test]
@@ -315,10 +321,61 @@ fn zeros_that_the_disk_does_not_take_fail_their_reads_only() {
     let size = 1 << 20;
     let digest = Digest::of_zeros(size);
     let (_, object) = bench.register(digest, zeros(digest, size));
-    let (shard, away) = bench.take_shard_away(&digest);
+    let (pending, away) = bench.take_pending_away();
     let answer = bench.read(&object).recv_timeout(PATIENCE).unwrap();
     assert_eq!(answer.unwrap_err(), Errno::IO);
-    std::fs::rename(&away, &shard).unwrap();
+    std::fs::rename(&away, &pending).unwrap();
     let answer = bench.read(&object).recv_timeout(PATIENCE).unwrap();
     assert_eq!(answer.unwrap(), [0; 100]);
+}
+
+/// Spoils what is in `pending/`, as a disk does that did not take the pages.
+fn lose_pending(engine: &Engine) {
+    for entry in std::fs::read_dir(engine.store.root().join("pending")).unwrap() {
+        let path = entry.unwrap().path();
+        let length = std::fs::metadata(&path).unwrap().len();
+        // The same file, so that nothing but its bytes has changed.
+        let file = std::fs::File::options().write(true).open(&path).unwrap();
+        file.set_len(0).unwrap();
+        file.set_len(length).unwrap();
+    }
+}
+
+#[test]
+fn what_the_disk_has_not_confirmed_is_hashed_and_fetched_again() {
+    let bench = Bench::new();
+    // No sync from here on: nothing becomes an object.
+    bench.settler.stop();
+    let (bytes, digest, chunks) = file(6);
+    let (layer, object) = bench.register(digest, chunks);
+    bench.bring(&layer, &bytes);
+    eventually("it is pending", || bench.engine.store.pending_count() == 1);
+    eventually("the engine knows", || {
+        matches!(lock(&object.state).backing, Backing::Pending)
+    });
+    let answer = bench.read(&object).recv_timeout(PATIENCE).unwrap();
+    assert!(answer.unwrap() == bytes[..100], "from memory");
+    lock(&object.state).recent.clear();
+    let answer = bench.read(&object).recv_timeout(PATIENCE).unwrap();
+    assert!(answer.unwrap() == bytes[..100], "from the disk, hashed");
+    lock(&object.state).recent.clear();
+    lose_pending(&bench.engine);
+    // The registry is not there, so the read cannot be answered; it must not be with zeros.
+    let read = bench.read(&object);
+    eventually("the loss is noticed", || bench.engine.store.pending_count() == 0);
+    let mut claims = Vec::new();
+    for chunk in 0..3 {
+        eventually("nobody else brings the chunk", || {
+            let claimed = bench.engine.claim(&layer, Position { file: 0, chunk });
+            let Claimed::Fetch(claim) = claimed else {
+                return false;
+            };
+            claims.push(claim);
+            true
+        });
+    }
+    for (claim, data) in claims.into_iter().zip(bytes.chunks(CHUNK)) {
+        claim.deliver(data.to_vec());
+    }
+    assert!(read.recv_timeout(PATIENCE).unwrap().unwrap() == bytes[..100]);
 }

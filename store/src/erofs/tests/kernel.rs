@@ -151,6 +151,7 @@ pub(super) fn overlay() {
     let content = b"hello from an object\n".repeat(1000);
     let object = peel_image::Digest::of(&content);
     store.add_verified(&object, &content).unwrap();
+    store.settle().unwrap();
 
     let mut tree = TreeBuilder::new();
     let mut marked = metadata(0o640);
