@@ -160,10 +160,12 @@ fn a_full_backing(kind: &'static str) {
     disk.free();
     // The journal may have been aborted: then only another mount of the disk is writable again.
     run("umount", &["-l", dir.to_str().unwrap()]);
-    // It may have ended by itself: its log is on that disk.
-    if rustix::process::test_kill_process(server).is_ok() {
-        end_process(server, Signal::KILL);
-    }
+    // Its log is on that disk too, and fails nothing.
+    assert!(
+        rustix::process::test_kill_process(server).is_ok(),
+        "the server has ended"
+    );
+    end_process(server, Signal::KILL);
     disk.remount();
     let dir = world.mount(&name, "again");
     for round in 0..2 {
@@ -199,6 +201,10 @@ fn a_disk_that_is_shut_down(kind: &'static str) {
         let server = world.server().unwrap();
         disk.shut_down();
         read_all(&dir, &format!("{kind}, shut down"));
+        assert!(
+            rustix::process::test_kill_process(server).is_ok(),
+            "the server has ended"
+        );
         end_process(server, Signal::KILL);
         run("umount", &["-l", dir.to_str().unwrap()]);
         disk.remount();
