@@ -410,7 +410,7 @@ impl Engine {
                     match self.store.partial(&object.digest, file.size(), &file.chunks) {
                         Ok(partial) => Backing::Partial(partial),
                         // Runs of zeros are here only by the word of a partial object.
-                        Err(error) if error.is_no_space() && !file.has_zeros() => {
+                        Err(error) if error.is_io() && !file.has_zeros() => {
                             let source = lock(&object.state).source();
                             let layer = source.map_or(Digest::EMPTY, |source| source.layer.digest);
                             self.unkept(&layer, object, &error);

@@ -96,7 +96,7 @@ pub(crate) enum Backing {
     Unknown,
     /// Nothing that could be read piece by piece.
     Nothing,
-    /// The store has no room for a partial object: chunks are in memory only.
+    /// The disk does not take a partial object: chunks are in memory only.
     Unkept,
     /// Some chunks may be here.
     Partial(Arc<PartialObject>),

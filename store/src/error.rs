@@ -193,6 +193,12 @@ impl Error {
     pub const fn is_no_space(&self) -> bool {
         matches!(self, Self::NoSpace { .. })
     }
+
+    /// Whether the kernel refused an operation on a file: the disk is full, read-only or fails, or too many files are open. What was to
+    /// be written may be right, and may be taken later.
+    pub const fn is_io(&self) -> bool {
+        matches!(self, Self::NoSpace { .. } | Self::Io { .. })
+    }
 }
 
 /// Adds the place to what the kernel said.

@@ -259,7 +259,7 @@ impl Engine {
     /// The store did not take fetched bytes of an object: they stay in memory for now.
     pub(super) fn unkept(&self, layer: &Digest, object: &Object, error: &peel_store::Error) {
         let now = Instant::now();
-        if error.is_no_space() {
+        if error.is_io() {
             self.shelf.failed(now);
         }
         if let Some(left_out) = self.quiet.may_say("keep", layer, now) {

@@ -1,4 +1,5 @@
-//! Chunks that the disk did not take: they stay in memory, so that what was fetched is served and not fetched again.
+//! Chunks that the disk did not take, because it is full, read-only or fails: they stay in memory, so that what was fetched is served
+//! and not fetched again.
 //!
 //! Used by [`super::deliver`]. What must hold: the memory is bounded, the oldest goes first. While the disk takes nothing, it is
 //! asked only now and then; once it takes something, what is held here is written, and stays in memory like all that the disk has not
@@ -64,7 +65,7 @@ impl Shelf {
         (state.failures, state.again) = (0, None);
     }
 
-    /// The disk has no room.
+    /// The disk did not take something.
     pub(super) fn failed(&self, now: Instant) {
         let mut state = lock(&self.0);
         let pause = PAUSE_FIRST
@@ -163,7 +164,7 @@ impl Engine {
                 Err(error) if is_false(&error) => self.falsified(&held.object, held.generation),
                 Err(error) => {
                     tracing::debug!(object = %held.object.digest, %error, "the disk still does not take fetched bytes");
-                    if error.is_no_space() {
+                    if error.is_io() {
                         self.shelf.failed(Instant::now());
                     }
                     return self.shelf.put_back(held);
