@@ -111,7 +111,7 @@ fn ours(path: &Path) -> Vec<Value> {
         };
         let mut line = json!({
             "path": latin1(entry.path.as_bytes()),
-            "mode": metadata.mode,
+            "mode": entry.raw_mode & 0o7777,
             "uid": metadata.uid,
             "gid": metadata.gid,
             "uname": latin1(&entry.user_name),

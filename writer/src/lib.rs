@@ -295,6 +295,16 @@ pub enum WriteError {
         /// What is wrong.
         what: &'static str,
     },
+    /// Tools unpack the layer, but no table of contents can say what it leaves.
+    #[error(
+        "entry {entry:?}: {what}; no table of contents can describe that: convert this layer to gzip or zstd instead"
+    )]
+    Indescribable {
+        /// The entry's path.
+        entry: String,
+        /// What is in the way.
+        what: &'static str,
+    },
     /// The table of contents would not mean what the layer does: a fault of this writer.
     #[error(
         "entry {entry:?}: the table of contents would show something else than the layer leaves; convert this layer to gzip or \

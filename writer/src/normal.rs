@@ -18,7 +18,7 @@ use std::collections::{BTreeMap, HashMap};
 use super::WriteError;
 use super::names::{Kind, Names};
 use super::replay::{self, Impossible, Outcome, Shown};
-use super::seen::{Seen, parent_of};
+use super::seen::{Seen, is_within, parent_of};
 use peel_image::tree::WHITEOUT;
 
 /// How a record differs from the entry of the input that it was made of.
@@ -82,7 +82,7 @@ impl Normal {
             .iter()
             .find(|(made, link)| !names.repeats(*link, *made))
         {
-            return Err(WriteError::Impossible {
+            return Err(WriteError::Indescribable {
                 entry: String::from_utf8_lossy(names.path(*link)).into_owned(),
                 what: "it gives the file that it is a hard link to other metadata, in a layer that names a path twice",
             });
@@ -91,6 +91,7 @@ impl Normal {
         let mut normal = if !rules.keeps_stream && can_be_left_out(&outcome) {
             Self::short(names, &outcome, &primaries)
         } else {
+            refuse_hidden_target(names, &outcome)?;
             Self::whole(names, &outcome, &primaries)
         };
         let is_other = |change: &Change| !matches!(change, Change::Renamed { link: None, .. });
@@ -254,6 +255,23 @@ fn can_be_left_out(outcome: &Outcome) -> bool {
         && !outcome.has_detours
         && !outcome.names.iter().any(|shown| shown.has_more_xattrs)
         && marks.array_windows().all(|[mark, next]| mark != next)
+}
+
+/// Refuses hard links to what a whiteout of the TOC hides: such a file was there when the link came, and a TOC has no time.
+fn refuse_hidden_target(names: &Names, outcome: &Outcome) -> Result<(), WriteError> {
+    let is_hidden = |target: &[u8]| {
+        let mut fresh = outcome.fresh.iter();
+        !outcome.fresh.is_empty() && (outcome.has_detours || fresh.any(|top| is_within(target, top)))
+    };
+    let leads_there =
+        |shown: &&Shown| matches!(names.kind(shown.made), Kind::Hardlink(target) if is_hidden(target));
+    match outcome.names.iter().find(leads_there) {
+        None => Ok(()),
+        Some(shown) => Err(WriteError::Indescribable {
+            entry: String::from_utf8_lossy(&shown.path).into_owned(),
+            what: "it is a hard link to a file of a lower layer that is replaced later",
+        }),
+    }
 }
 
 /// Of each entry whose own name does not show: the name in its place.
