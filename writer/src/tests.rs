@@ -38,7 +38,7 @@ fn link(name: &str, target: &str) -> Made {
     (name.into(), kind, Vec::new())
 }
 
-/// The entries without those that no tool could unpack.
+/// The entries without those that no tool could unpack, or no table of contents describe.
 fn possible(made: Vec<Made>) -> Vec<Made> {
     let mut made = made;
     loop {
@@ -53,7 +53,26 @@ fn possible(made: Vec<Made>) -> Vec<Made> {
             names.push(&EntryPath::clean(name.as_bytes()).unwrap(), kind);
         }
         match replay::run(&names) {
-            Ok(_) => return made,
+            Ok(_) => {
+                let rules = normal::Rules {
+                    keeps_stream: true,
+                    compares_names: false,
+                };
+                let Err(WriteError::Indescribable { entry, .. }) = normal::Normal::of(&names, rules) else {
+                    return made;
+                };
+                let is_link = |kind: &TarKind| matches!(kind, TarKind::Hardlink { .. });
+                let path = EntryPath::clean(entry.as_bytes()).unwrap();
+                let leads_there =
+                    |name: &str| EntryPath::clean(name.as_bytes()).is_ok_and(|name| name == path);
+                let before = made.len();
+                made.retain(|(name, kind, _)| !(is_link(kind) && leads_there(name)));
+                if made.len() == before {
+                    // By way of a symbolic link: some link less, until it is none of them.
+                    let last = made.iter().rposition(|(_, kind, _)| is_link(kind)).unwrap();
+                    made.remove(last);
+                }
+            }
             Err(replay::Impossible::BelowFile(index) | replay::Impossible::TooDeep(index)) => {
                 made.remove(index);
             }
