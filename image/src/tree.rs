@@ -307,6 +307,18 @@ fn inode_cost(is_directory: bool, metadata: &Metadata) -> u64 {
 }
 
 impl TreeError {
+    /// Whether the layers may be right but are too large, in one way or another. Says nothing about what comes after the entry that
+    /// was one too many.
+    pub fn is_limit(&self) -> bool {
+        matches!(
+            self,
+            Self::TooManyImplied { .. }
+                | Self::TooLarge { .. }
+                | Self::TooManySteps { .. }
+                | Self::TooManyInodes { .. }
+        )
+    }
+
     /// The layer that cannot be merged, counted from 0, the lowest.
     pub fn layer(&self) -> u32 {
         match self {

@@ -101,6 +101,10 @@ impl Views {
         };
         match (Tree::merge_of([&lower, toc]), Tree::merge_of([&lower, tar])) {
             (Ok(listed), Ok(unpacked)) => self.trees(&listed, &unpacked),
+            // They end where the limit is reached, whatever comes after it.
+            (Err(listed), Err(unpacked)) if listed.is_limit() && unpacked.is_limit() => {
+                Err(root("both are too large to be compared"))
+            }
             (Err(listed), Err(unpacked)) if listed == unpacked => Ok(()),
             (Err(_), Err(_)) => Err(root("both are no trees, for different reasons")),
             (Err(_), Ok(_)) => Err(root("the table of contents is no tree")),
@@ -470,6 +474,29 @@ mod tests {
         let other = layer(&[a, loose, strict]);
         assert_eq!(compare(&one, &one), Ok(()));
         assert!(compare(&one, &other).is_err());
+    }
+
+    #[test]
+    fn views_that_reach_a_limit_are_not_the_same() {
+        // Each alone has fewer directories than a layer may imply, both together have more.
+        let deep = |first: &str| {
+            let paths = (0..65).map(|number| format!("{first}{number}{}", "/d".repeat(2000)));
+            paths.map(|path| file(&path, b"x")).collect::<Vec<Entry>>()
+        };
+        let toc = layer(&[vec![file("a", b"x")], deep("t")].concat());
+        let tar = layer(&[vec![file("a", b"x"), file("a", b"x")], deep("u")].concat());
+        for view in [&toc, &tar] {
+            assert!(Tree::merge_of([view]).is_ok());
+        }
+        let difference = compare(&toc, &tar).unwrap_err();
+        assert_eq!(difference.what, "both are too large to be compared");
+        assert!(difference.path.is_root());
+        // What makes no tree of both is no difference.
+        let below = [file("f", b"x"), file("f/x", b"x"), file("a", b"x")];
+        assert_eq!(
+            compare(&layer(&below), &layer(&[&below[..], &below[2..]].concat())),
+            Ok(())
+        );
     }
 
     #[test]
