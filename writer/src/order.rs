@@ -16,10 +16,11 @@
 //!   own entry. More than [`TRAIN_MAX`] of those, and the path stays where it was.
 //! * Hard links to it that come before it, which mean a file of a lower layer to some tools. A parent or a target that
 //!   comes later in the input does not come earlier in the output.
+//! * For a hard link, the earlier links to the same file, where one of them gives it other metadata: the last link decides.
 //!
 //! No path may occur twice, and none lead through a symbolic link of the layer: [`super::normal`] sees to that.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use super::seen::{is_within, parent_of};
 use peel_image::estargz::is_reserved;
@@ -86,6 +87,7 @@ pub fn sort<P: AsRef<[u8]>>(names: &Names, prioritized: &[P], orphans: Orphans) 
         by_path: Vec::new(),
         has_marks: false,
         early_links: HashMap::new(),
+        sisters: HashMap::new(),
         states: Vec::new(),
         moved: Vec::new(),
     };
@@ -129,6 +131,8 @@ struct Mover<'a> {
     has_marks: bool,
     /// Hard links before their targets, by target.
     early_links: HashMap<usize, Vec<usize>>,
+    /// The link before each hard link that leads to the same file, of files that not all links describe alike.
+    sisters: HashMap<usize, usize>,
     states: Vec<State>,
     moved: Vec<usize>,
 }
@@ -158,11 +162,56 @@ impl Mover<'_> {
         self.by_path
             .sort_unstable_by_key(|index| (names.path(at(*index)), *index));
         self.has_marks = (0..names.len()).any(|index| mark(names.path(index)));
+        let mut has_changes = false;
         for index in 0..names.len() {
             if let Kind::Hardlink(target) = names.kind(index)
-                && let Some(target) = self.find(target).filter(|target| *target > index)
+                && let Some(target) = self.find(target)
             {
-                self.early_links.entry(target).or_default().push(index);
+                has_changes |= !names.repeats(index, target);
+                if target > index {
+                    self.early_links.entry(target).or_default().push(index);
+                }
+            }
+        }
+        if has_changes {
+            self.find_sisters();
+        }
+    }
+
+    /// Finds the links that must keep their order among themselves.
+    fn find_sisters(&mut self) {
+        let names = self.names;
+        // What each link leads to in the end; nothing for links in circles and to other layers.
+        let mut ends: HashMap<usize, Option<usize>> = HashMap::new();
+        let mut changed = HashSet::new();
+        for index in 0..names.len() {
+            let (mut chain, mut current) = (Vec::new(), index);
+            let end = loop {
+                let Kind::Hardlink(target) = names.kind(current) else {
+                    break Some(current);
+                };
+                if let Some(known) = ends.get(&current) {
+                    break *known;
+                }
+                ends.insert(current, None);
+                chain.push(current);
+                match self.find(target) {
+                    Some(next) => current = next,
+                    None => break None,
+                }
+            };
+            for link in chain {
+                ends.insert(link, end);
+                changed.extend(end.filter(|end| !names.repeats(link, *end)));
+            }
+        }
+        let mut last = HashMap::new();
+        for index in 0..names.len() {
+            if let Some(Some(end)) = ends.get(&index)
+                && changed.contains(end)
+                && let Some(before) = last.insert(*end, index)
+            {
+                self.sisters.insert(index, before);
             }
         }
     }
@@ -280,6 +329,7 @@ impl Mover<'_> {
         let Kind::Hardlink(target) = self.names.kind(index) else {
             return Ok(Target::None);
         };
+        needed.extend(self.sisters.get(&index));
         Ok(match self.find(target) {
             Some(target) if target < index => {
                 needed.push(target);
@@ -351,6 +401,7 @@ fn at(index: u32) -> usize {
 mod tests {
     use proptest::prelude::*;
 
+    use super::super::names::Described;
     use super::*;
 
     fn kind(is_directory: bool, link: Option<&EntryPath>) -> Kind<'_> {
@@ -654,6 +705,43 @@ mod tests {
                 (expected.to_owned(), vec![]),
                 "{input}"
             );
+        }
+    }
+
+    #[test]
+    fn links_that_change_their_file_keep_their_order() {
+        for (case, input, prioritized, expected) in [
+            ("the last one", "a:6 x l->a:6 m->a:7", "m", "a l m | x"),
+            ("all alike", "a:6 x l->a:6 m->a:6", "m", "a m | x l"),
+            ("the first one", "a:6 x l->a:7 m->a:6", "l", "a l | x m"),
+            ("links of links", "a:6 x l->a:7 m->l:7 n->a:6", "n", "a l m n | x"),
+            ("the file alone", "a:6 x l->a:7 m->a:6", "a", "a | x l m"),
+            ("one before its file", "l->a:7 x a:6 m->a:6", "m", "l a m | x"),
+            ("another file", "a:6 b:6 l->a:7 m->b:6 n->b:6", "n", "b n | a l m"),
+            ("circles", "a:6 x l->m:7 m->l:6 n->a:7", "m", "l m | a x n"),
+        ] {
+            let mut names = Names::default();
+            let mut texts = Vec::new();
+            for text in input.split_whitespace() {
+                let (text, mode) = text.split_once(':').unwrap_or((text, "0"));
+                let clean = |name: &str| EntryPath::clean(name.as_bytes()).unwrap();
+                let (name, target) = match text.split_once("->") {
+                    Some((name, target)) => (name, Some(clean(target))),
+                    None => (text, None),
+                };
+                let metadata = Described {
+                    mode: mode.parse().unwrap(),
+                    rest: 0,
+                };
+                names.push_entry(&clean(name), kind(false, target.as_ref()), metadata);
+                texts.push(name);
+            }
+            let order = sort(&names, &[prioritized], Orphans::Leave);
+            let name = |index: &usize| texts[*index];
+            let first = order.first.iter().map(name).chain(["|"]);
+            let found: Vec<&str> = first.chain(order.rest.iter().map(name)).collect();
+            assert_eq!(found.join(" "), expected, "{case}");
+            assert_eq!(order.missing, [], "{case}");
         }
     }
 
