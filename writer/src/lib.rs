@@ -316,7 +316,8 @@ pub enum WriteError {
     },
     /// Readers would refuse the layer.
     #[error(
-        "the layer has more than {RECORDS_MAX} entries, chunks and extended attributes; use a larger chunk size or fewer files"
+        "the layer has more than {RECORDS_MAX} entries, chunks and extended attributes, or its paths lead through more directories \
+         than readers take; use a larger chunk size, or fewer files and directories"
     )]
     TooMany,
     /// Readers would refuse the TOC.

@@ -3,16 +3,40 @@
 //!
 //! The rules are those of [`peel_image::tree`], which are containerd's, for one layer by itself: an entry replaces what has its name,
 //! children included, unless both are directories; a hard link is one more name of what its target is at that time; symbolic
-//! links above an entry are followed, inside the tree. Nothing here recurses.
+//! links above an entry are followed, inside the tree. Nothing here recurses, and a layer that takes more than [`Limits`] is refused.
 
 use std::collections::BTreeMap;
 
 use super::names::{Kind, Names};
 use peel_image::estargz::index::RECORDS_MAX;
 use peel_image::path::{PATH_MAX, components};
-use peel_image::tree::{SYMLINKS_MAX, Special, special};
+use peel_image::tree::{IMPLIED_MAX, STEPS_MAX, SYMLINKS_MAX, Special, special};
 
 const ROOT: u32 = 0;
+/// Most bytes of all paths that a layer leaves: ten times as many as those of large layers. A short entry below a symbolic link can
+/// have a path of 4 KiB.
+const PATHS_MAX: usize = 1 << 30;
+
+/// What a run may take.
+#[derive(Debug, Clone, Copy)]
+struct Limits {
+    /// See [`STEPS_MAX`].
+    steps: u64,
+    /// See [`IMPLIED_MAX`].
+    implied: u32,
+    /// See [`PATHS_MAX`].
+    paths: usize,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            steps: STEPS_MAX,
+            implied: IMPLIED_MAX,
+            paths: PATHS_MAX,
+        }
+    }
+}
 
 /// What a layer leaves.
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -59,22 +83,33 @@ pub(super) enum Impossible {
     TooDeep(usize),
     /// It is not a directory and stands for the root.
     Root(usize),
-    /// The layer names more directories than a reader would take.
+    /// The layer names more directories than a reader would take, or its paths are too long or lead through too many of them.
     TooMany,
 }
 
 /// Runs a layer.
 pub(super) fn run(names: &Names) -> Result<Outcome, Impossible> {
+    run_within(names, Limits::default())
+}
+
+fn run_within(names: &Names, limits: Limits) -> Result<Outcome, Impossible> {
     let mut replay = Replay {
         nodes: vec![Node::Directory(Box::default())],
         marks: Vec::new(),
         has_detours: false,
         links: Vec::new(),
+        steps: 0,
+        implied: 0,
+        limits,
     };
     for index in 0..names.len() {
+        // Those on the way to one path are few enough to count them first.
+        if replay.steps > limits.steps {
+            return Err(Impossible::TooMany);
+        }
         replay.apply(names, index)?;
     }
-    Ok(replay.outcome())
+    replay.outcome()
 }
 
 #[derive(Default)]
@@ -111,6 +146,11 @@ struct Replay<'a> {
     has_detours: bool,
     /// The node and the entry of each link to something that was there.
     links: Vec<(u32, usize)>,
+    /// Components of paths that were looked up so far.
+    steps: u64,
+    /// Directories so far that have no entry.
+    implied: u32,
+    limits: Limits,
 }
 
 impl<'a> Replay<'a> {
@@ -186,6 +226,7 @@ impl<'a> Replay<'a> {
         let mut stack: Vec<(&'a [u8], Option<u32>)> = Vec::with_capacity(todo.len());
         let mut followed = 0;
         while let Some(component) = todo.pop() {
+            self.steps = self.steps.saturating_add(1);
             match component {
                 b"" | b"." => continue,
                 b".." => {
@@ -227,6 +268,10 @@ impl<'a> Replay<'a> {
             directory = match id {
                 Some(id) => id,
                 None => {
+                    self.implied = self.implied.saturating_add(1);
+                    if self.implied > self.limits.implied {
+                        return Err(Impossible::TooMany);
+                    }
                     let node = self.add(Node::Directory(Box::default()))?;
                     self.put(directory, component, Child { node, entry: None });
                     node
@@ -242,6 +287,7 @@ impl<'a> Replay<'a> {
         let mut stack = Vec::new();
         let mut followed = 0;
         while let Some(component) = todo.pop() {
+            self.steps = self.steps.saturating_add(1);
             match component {
                 b"" | b"." => continue,
                 b".." => {
@@ -269,11 +315,12 @@ impl<'a> Replay<'a> {
         Some(stack.last().copied().unwrap_or(ROOT))
     }
 
-    fn outcome(self) -> Outcome {
+    fn outcome(self) -> Result<Outcome, Impossible> {
         let mut outcome = Outcome {
             has_detours: self.has_detours,
             ..Outcome::default()
         };
+        let mut room = Room(self.limits.paths);
         let mut paths: BTreeMap<u32, Vec<u8>> = BTreeMap::from([(ROOT, Vec::new())]);
         let mut pending = vec![ROOT];
         while let Some(id) = pending.pop() {
@@ -283,7 +330,7 @@ impl<'a> Replay<'a> {
             };
             if let (Some(first), Some(last)) = (directory.first, directory.last) {
                 outcome.names.push(Shown {
-                    path: path.clone(),
+                    path: room.copy(&path)?,
                     entry: last,
                     made: last,
                     first,
@@ -291,13 +338,10 @@ impl<'a> Replay<'a> {
                 });
             }
             if directory.is_fresh {
-                outcome.fresh.push(path.clone());
+                outcome.fresh.push(room.copy(&path)?);
             }
             for (name, child) in &directory.children {
-                let below = match path.as_slice() {
-                    b"" => name.to_vec(),
-                    path => [path, b"/", name].concat(),
-                };
+                let below = room.join(&path, name)?;
                 let made = match self.node(child.node) {
                     Some(Node::Directory(_)) => {
                         paths.insert(child.node, below);
@@ -327,14 +371,11 @@ impl<'a> Replay<'a> {
             .collect();
         for (directory, name, entry) in &self.marks {
             if let Some(path) = paths.get(directory) {
-                let path = match path.as_slice() {
-                    b"" => name.to_vec(),
-                    path => [path, b"/", name].concat(),
-                };
+                let path = room.join(path, name)?;
                 outcome.marks.push(Mark { path, entry: *entry });
             }
         }
-        outcome
+        Ok(outcome)
     }
 
     fn put(&mut self, parent: u32, name: &'a [u8], child: Child) {
@@ -367,6 +408,79 @@ impl<'a> Replay<'a> {
         match self.node(directory)? {
             Node::Directory(directory) => directory.children.get(name).copied(),
             _ => None,
+        }
+    }
+}
+
+/// Bytes that paths may still take.
+struct Room(usize);
+
+impl Room {
+    fn copy(&mut self, path: &[u8]) -> Result<Vec<u8>, Impossible> {
+        self.join(path, b"")
+    }
+
+    /// The path of `name` in the directory at `path`; that itself for no name.
+    fn join(&mut self, path: &[u8], name: &[u8]) -> Result<Vec<u8>, Impossible> {
+        let slash = match path.is_empty() || name.is_empty() {
+            true => &b""[..],
+            false => b"/",
+        };
+        let length = path.len() + slash.len() + name.len();
+        self.0 = self.0.checked_sub(length).ok_or(Impossible::TooMany)?;
+        Ok([path, slash, name].concat())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const FILE: Kind<'_> = Kind::Other;
+
+    fn names(entries: &[(String, Kind<'_>)]) -> Names {
+        let mut names = Names::default();
+        for (path, kind) in entries {
+            names.push_bytes(path.as_bytes(), *kind);
+        }
+        names
+    }
+
+    #[test]
+    fn directories_without_entries_have_a_limit() {
+        let deep = |count: usize| {
+            let path = |number| (format!("{number}{}", "/d".repeat(1999)), FILE);
+            names(&(0..count).map(path).collect::<Vec<_>>())
+        };
+        assert_eq!(run(&deep(125)).map(|outcome| outcome.names.len()), Ok(125));
+        assert_eq!(run(&deep(200)), Err(Impossible::TooMany));
+    }
+
+    #[test]
+    fn steps_and_paths_have_limits() {
+        let long = "d".repeat(250);
+        let mut entries = vec![
+            (format!("{long}/{long}/real"), Kind::Directory { xattrs: 0 }),
+            ("s".to_owned(), Kind::Symlink(b"")),
+        ];
+        let target = format!("{long}/{long}/real");
+        entries[1].1 = Kind::Symlink(target.as_bytes());
+        entries.extend((0..100).map(|number| (format!("s/{number}"), FILE)));
+        entries.extend((0..100).map(|number| (format!("l{number}"), Kind::Hardlink(b"s/0"))));
+        let layer = names(&entries);
+        let usual = Limits::default();
+        let found = run_within(&layer, usual).unwrap();
+        assert_eq!(found.names.len(), 202);
+        for limits in [
+            Limits { steps: 400, ..usual },
+            Limits { steps: 700, ..usual },
+            Limits {
+                paths: 50_000,
+                ..usual
+            },
+            Limits { implied: 1, ..usual },
+        ] {
+            assert_eq!(run_within(&layer, limits), Err(Impossible::TooMany), "{limits:?}");
         }
     }
 }

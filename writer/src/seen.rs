@@ -2,9 +2,11 @@
 //! or leads through one that is no directory. Nearly all layers do neither, and then each entry stands for itself.
 
 use std::collections::HashSet;
-use std::hash::{BuildHasher, RandomState};
+use std::hash::{BuildHasher, DefaultHasher, Hasher, RandomState};
 
 use super::names::Kind;
+use peel_image::path::components;
+use peel_image::tree::IMPLIED_MAX;
 
 /// Two hashes with keys of their own: no two paths of a layer have both in common.
 type Hashes = [u64; 2];
@@ -21,7 +23,8 @@ pub(super) struct Seen {
 }
 
 impl Seen {
-    /// Takes the next entry; `false` if it stands for itself no longer, or makes an earlier one do so.
+    /// Takes the next entry; `false` if it stands for itself no longer, or makes an earlier one do so, or if the layer has more
+    /// directories without entries than the run takes.
     pub(super) fn insert(&mut self, path: &[u8], kind: Kind<'_>) -> bool {
         let hashes = self.hash(path);
         if !self.entries.insert(hashes) {
@@ -47,39 +50,62 @@ impl Seen {
 
     /// Notes the directories that hold `path`; `false` if one of them is something else.
     fn add_parents(&mut self, path: &[u8]) -> bool {
-        let mut parent = parent_of(path);
-        while !parent.is_empty() {
-            let hashes = self.hash(parent);
+        let most = usize::try_from(IMPLIED_MAX).unwrap_or(usize::MAX);
+        for hashes in self.above(path).into_iter().rev() {
             if !self.directories.insert(hashes) {
                 // So are those above it.
                 return true;
             }
-            if self.entries.contains(&hashes) {
+            if self.entries.contains(&hashes)
+                || self.directories.len() > self.entries.len().saturating_add(most)
+            {
                 return false;
             }
-            parent = parent_of(parent);
         }
         true
     }
 
     /// Whether nothing above `path` is known to be something else than a directory.
     fn is_direct(&self, path: &[u8]) -> bool {
-        let mut parent = parent_of(path);
-        while !parent.is_empty() {
-            let hashes = self.hash(parent);
+        for hashes in self.above(path).into_iter().rev() {
             if self.directories.contains(&hashes) {
                 return true;
             }
             if self.entries.contains(&hashes) {
                 return false;
             }
-            parent = parent_of(parent);
         }
         true
     }
 
     fn hash(&self, path: &[u8]) -> Hashes {
-        self.keys.each_ref().map(|key| key.hash_one(path))
+        let mut hashers = self.hashers();
+        for name in components(path) {
+            add(&mut hashers, name);
+        }
+        hashers.map(|hasher| hasher.finish())
+    }
+
+    /// The directories above `path`, from the top down, without the root. Takes the length of the path once, not its square.
+    fn above(&self, path: &[u8]) -> Vec<Hashes> {
+        let mut hashers = self.hashers();
+        let names = components(parent_of(path)).map(|name| {
+            add(&mut hashers, name);
+            hashers.each_ref().map(|hasher| hasher.clone().finish())
+        });
+        names.collect()
+    }
+
+    fn hashers(&self) -> [DefaultHasher; 2] {
+        self.keys.each_ref().map(BuildHasher::build_hasher)
+    }
+}
+
+/// Goes on to one more component, which ends somewhere.
+fn add(hashers: &mut [DefaultHasher; 2], name: &[u8]) {
+    for hasher in hashers {
+        hasher.write(name);
+        hasher.write(b"/");
     }
 }
 
@@ -141,5 +167,12 @@ mod tests {
             }
             assert_eq!(all, expected, "{entries:?}");
         }
+    }
+    #[test]
+    fn too_many_directories_without_entries_are_left_to_the_run() {
+        let deep = |number: usize| format!("{number}{}", "/d".repeat(1999));
+        let mut seen = Seen::default();
+        let taken = (0..200).take_while(|number| seen.insert(deep(*number).as_bytes(), FILE));
+        assert_eq!(taken.count(), 125);
     }
 }
