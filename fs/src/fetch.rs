@@ -599,6 +599,19 @@ impl Engine {
         };
         match entry.source {
             ChunkSource::Blob { .. } => self.demand_stream(&source.layer, entry),
+            // Only a file that is nothing but zeros is hashed as such. Runs of zeros in others are here once the object is open.
+            ChunkSource::Zeros if source.file().is_some_and(|file| file.chunks.len() > 1) => {
+                let opened = self.look(object, source.file());
+                let (presence, failures) = {
+                    let state = lock(&object.state);
+                    (state.has(chunk), state.failures)
+                };
+                if opened.is_ok() && presence == Presence::Here {
+                    self.arrived(object, chunk);
+                } else {
+                    self.retry(object, chunk, failures);
+                }
+            }
             ChunkSource::Zeros => {
                 let position = layer::Position {
                     file: source.file,

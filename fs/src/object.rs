@@ -357,11 +357,12 @@ impl State {
         }
         let source = self.source()?;
         let chunks = &source.file()?.chunks;
-        let mut memory = Vec::new();
+        let (mut memory, mut holes) = (Vec::new(), Vec::new());
         for index in chunks_under(chunks, offset, length) {
             if self.has(index) != Presence::Here {
                 return None;
             }
+            holes.extend(self.pending_hole(index));
             let in_memory = match self.flights.get(&index) {
                 Some(Flight::Writing(bytes)) => Some(bytes),
                 _ => self.recent.get(&index),
@@ -370,7 +371,19 @@ impl State {
                 memory.push((chunk.file_offset, Arc::clone(bytes)));
             }
         }
-        Some(Snapshot::new(&self.backing, memory))
+        Some(Snapshot::new(&self.backing, memory, holes))
+    }
+
+    /// Where in the file the chunk is, if it is a run of zeros in a pending object of several chunks: it is here by the word of the
+    /// list in use, as in a partial object.
+    fn pending_hole(&self, chunk: u32) -> Option<Range<u64>> {
+        let (Backing::Pending, Some(list @ ListId::Several(_))) = (&self.backing, self.list) else {
+            return None;
+        };
+        let (_, file) = self.usable().find(|(_, file)| file.list == list)?;
+        let chunk = file.chunks.get(chunk as usize)?;
+        let end = chunk.file_offset.saturating_add(chunk.size);
+        (chunk.source == ChunkSource::Zeros).then_some(chunk.file_offset..end)
     }
 
     /// Whether the disk has confirmed the chunk.
@@ -395,6 +408,7 @@ impl State {
         }
         let partial = match &self.backing {
             Backing::Partial(partial) => partial,
+            Backing::Pending if self.pending_hole(chunk).is_some() => return Presence::Here,
             Backing::Pending => return Presence::Unconfirmed,
             _ => return Presence::Missing,
         };

@@ -271,7 +271,7 @@ impl Engine {
     }
 
     /// Answers the reads for which this chunk was the last one.
-    fn arrived(self: &Arc<Self>, object: &Arc<Object>, chunk: u32) {
+    pub(super) fn arrived(self: &Arc<Self>, object: &Arc<Object>, chunk: u32) {
         let ready: Vec<(Waiter, Option<Snapshot>)> = {
             let mut state = lock(&object.state);
             for waiter in &mut state.waiters {

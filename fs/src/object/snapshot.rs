@@ -5,6 +5,7 @@
 
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
@@ -19,36 +20,30 @@ pub(crate) struct Snapshot {
     backing: Backing,
     /// Chunks that are not on disk yet: place in the file and bytes, ascending.
     memory: Vec<(u64, Arc<Vec<u8>>)>,
-    /// All of the object is zeros, by its own hash.
-    zeros: bool,
+    /// Ranges of a pending object that are zeros, ascending.
+    holes: Vec<Range<u64>>,
 }
 
 impl Snapshot {
-    /// Of an object whose range is here: on disk, but for the chunks in `memory`, given as place in the file and bytes, ascending.
-    pub(super) fn new(backing: &Backing, memory: Vec<(u64, Arc<Vec<u8>>)>) -> Self {
+    /// Of an object whose range is here: on disk, but for the chunks in `memory`, given as place in the file and bytes, and for `holes`,
+    /// which are zeros. Both ascending.
+    pub(super) fn new(backing: &Backing, memory: Vec<(u64, Arc<Vec<u8>>)>, holes: Vec<Range<u64>>) -> Self {
         Self {
             backing: backing.clone(),
             memory,
-            zeros: false,
+            holes,
         }
     }
 
     /// Of an object that is complete.
     pub(crate) fn complete(backing: &Backing) -> Self {
-        Self {
-            backing: backing.clone(),
-            memory: Vec::new(),
-            zeros: false,
-        }
+        Self::new(backing, Vec::new(), Vec::new())
     }
 
     /// Of an object that is nothing but zeros, by its own hash: there is nothing to read.
     pub(super) fn zeros() -> Self {
-        Self {
-            backing: Backing::Pending,
-            memory: Vec::new(),
-            zeros: true,
-        }
+        let all = 0..u64::MAX;
+        Self::new(&Backing::Pending, Vec::new(), vec![all])
     }
 
     /// Copies a range that lies inside what the snapshot was taken for; replaces what `bytes` held.
@@ -68,14 +63,14 @@ impl Snapshot {
                 bytes.extend_from_slice(piece.get(..left).unwrap_or(piece));
                 continue;
             }
-            let next = self
-                .memory
-                .iter()
-                .map(|(start, _)| *start)
-                .find(|start| *start > at);
-            let run = next.map_or(left, |next| {
-                usize::try_from(next - at).map_or(left, |run| run.min(left))
-            });
+            let until = |end: u64| usize::try_from(end - at).map_or(left, |run| run.min(left));
+            if let Some(hole) = self.holes.iter().find(|hole| hole.contains(&at)) {
+                bytes.resize(bytes.len() + until(hole.end), 0);
+                continue;
+            }
+            let memory = self.memory.iter().map(|(start, _)| *start);
+            let starts = memory.chain(self.holes.iter().map(|hole| hole.start));
+            let run = starts.filter(|start| *start > at).min().map_or(left, until);
             self.on_disk(store, digest, at, run, bytes)?;
         }
         Ok(())
@@ -115,11 +110,7 @@ impl Snapshot {
                 bytes.extend_from_slice(&part);
                 Ok(())
             }
-            Backing::Pending if self.zeros => {
-                bytes.resize(length + run, 0);
-                Ok(())
-            }
-            // What is not confirmed is answered from memory only.
+            // What is not confirmed is answered from memory only, but for zeros.
             Backing::Unknown | Backing::Nothing | Backing::Unkept | Backing::Pending => {
                 Err(io::ErrorKind::NotFound.into())
             }

@@ -96,28 +96,32 @@ impl Bench {
         (layer, engine.table.find(&digest).unwrap())
     }
 
-    /// Brings all chunks of the layer's file.
+    /// Brings the first chunks of the layer's file.
     fn bring(&self, layer: &Arc<Layer>, bytes: &[u8]) {
-        let claims =
-            (0..).take(CHUNKS).map(
-                |chunk| match self.engine.claim(layer, Position { file: 0, chunk }) {
-                    Claimed::Fetch(claim) => claim,
-                    other => panic!("chunk {chunk} is not missing: {other:?}"),
-                },
-            );
+        let pieces = bytes.chunks(CHUNK);
+        let claims = (0..).take(pieces.len()).map(|chunk| {
+            match self.engine.claim(layer, Position { file: 0, chunk }) {
+                Claimed::Fetch(claim) => claim,
+                other => panic!("chunk {chunk} is not missing: {other:?}"),
+            }
+        });
         // All at once: an object that nobody needs lets go of its file.
         let claims: Vec<_> = claims.collect();
-        for (claim, data) in claims.into_iter().zip(bytes.chunks(CHUNK)) {
+        for (claim, data) in claims.into_iter().zip(pieces) {
             claim.deliver(data.to_vec());
         }
     }
 
     /// Reads the first bytes; the answer comes through the channel.
     fn read(&self, object: &Arc<Object>) -> Receiver<Result<Vec<u8>, Errno>> {
+        self.read_at(object, 0)
+    }
+
+    fn read_at(&self, object: &Arc<Object>, offset: usize) -> Receiver<Result<Vec<u8>, Errno>> {
         let (sender, answer) = bounded(1);
         self.engine.read(
             object,
-            0,
+            offset as u64,
             100,
             Box::new(move |read| drop(sender.send(read.map(<[u8]>::to_vec)))),
         );
@@ -327,6 +331,41 @@ fn zeros_that_the_disk_does_not_take_fail_their_reads_only() {
     std::fs::rename(&away, &pending).unwrap();
     let answer = bench.read(&object).recv_timeout(PATIENCE).unwrap();
     assert_eq!(answer.unwrap(), [0; 100]);
+}
+
+#[test]
+fn holes_of_a_pending_file_are_zeros() {
+    let bench = Bench::new();
+    // No sync from here on: nothing becomes an object.
+    bench.settler.stop();
+    let (mut bytes, _, mut chunks) = file(7);
+    let last = CHUNKS - 1;
+    bytes[last * CHUNK..].fill(0);
+    chunks[last].source = ChunkSource::Zeros;
+    chunks[last].digest = Digest::of_zeros(CHUNK as u64);
+    let (layer, object) = bench.register(Digest::of(&bytes), chunks);
+    bench.bring(&layer, &bytes[..last * CHUNK]);
+    eventually("it is pending", || {
+        matches!(lock(&object.state).backing, Backing::Pending)
+    });
+    for from_memory in [true, false] {
+        for chunk in 0..CHUNKS {
+            for offset in [
+                chunk * CHUNK,
+                (chunk + 1) * CHUNK - 150,
+                ((chunk + 1) * CHUNK).saturating_sub(50),
+            ] {
+                let offset = offset.min(bytes.len() - 100);
+                if !from_memory {
+                    lock(&object.state).recent.clear();
+                }
+                let answer = bench.read_at(&object, offset).recv_timeout(PATIENCE).unwrap();
+                assert!(answer.unwrap() == bytes[offset..offset + 100], "at {offset}");
+            }
+        }
+    }
+    let state = lock(&object.state);
+    assert!(state.false_lists.is_empty() && matches!(state.backing, Backing::Pending));
 }
 
 /// Spoils what is in `pending/`, as a disk does that did not take the pages.
