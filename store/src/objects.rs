@@ -154,7 +154,7 @@ impl Store {
             return Ok(self.object_size(digest) == Some(size));
         }
         if let Some(pending) = self.pending_size(digest) {
-            return Ok(pending == size);
+            return Ok(pending == size && Digest::of_zeros(size) == *digest);
         }
         if Digest::of_zeros(size) != *digest {
             return Ok(false);

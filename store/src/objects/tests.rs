@@ -59,6 +59,21 @@ fn an_object_is_added_once() {
 }
 
 #[test]
+fn zeros_of_the_right_length_are_not_enough() {
+    let test = TestStore::new();
+    let (content, size) = (b"no zeros", 8);
+    let digest = Digest::of(content);
+    test.store.add_verified(&digest, content).unwrap();
+    assert_eq!(test.store.pending_size(&digest), Some(size));
+    assert!(!test.store.add_zeros(&digest, size).unwrap());
+    let zeros = Digest::of_zeros(size);
+    for _ in 0..2 {
+        assert!(test.store.add_zeros(&zeros, size).unwrap());
+    }
+    assert!(!test.store.add_zeros(&zeros, size - 1).unwrap());
+}
+
+#[test]
 fn publishing_never_replaces() {
     each_way(|store| {
         let digest = Digest::of(b"first");
