@@ -14,6 +14,9 @@ use crate::object::Object;
 
 /// Bytes of chunks that are kept, of all objects; one chunk may be larger. Two seconds of a fast link.
 const LIMIT: usize = 64 << 20;
+/// Bytes that a chunk counts for besides its own: its place in the lists, and what its allocations take. A bound too on the number of
+/// chunks, which may have one byte each.
+const OVERHEAD: usize = 512;
 
 /// The chunks that are kept, the oldest first.
 #[derive(Debug, Default)]
@@ -36,6 +39,7 @@ impl Recent {
     /// A chunk was put into its object's state. Older ones go if there are too many bytes.
     pub(super) fn keep(&self, object: &Arc<Object>, index: u32, bytes: usize) {
         let mut gone = Vec::new();
+        let bytes = bytes.saturating_add(OVERHEAD);
         {
             let mut kept = lock(&self.0);
             kept.bytes += bytes;
@@ -76,5 +80,28 @@ impl Recent {
                 kept.chunks.push_back(chunk);
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::object::Table;
+
+    #[test]
+    fn small_chunks_are_bounded_in_number() {
+        let table = Table::default();
+        let number = table.add_all([(&peel_image::Digest::EMPTY, 1)].into_iter())[0];
+        let object = table.get(number).unwrap();
+        let recent = Recent::default();
+        let most = LIMIT / OVERHEAD;
+        for (index, _) in (0..).zip(0..most + 10) {
+            lock(&object.state).recent.insert(index, Arc::default());
+            recent.keep(&object, index, 0);
+        }
+        assert_eq!(lock(&recent.0).chunks.len(), most);
+        let state = lock(&object.state);
+        assert_eq!(state.recent.len(), most);
+        assert_eq!(state.recent.keys().next(), Some(&10), "the oldest go");
     }
 }
