@@ -80,6 +80,12 @@ impl Shelf {
         !lock(&self.0).held.is_empty() && self.may_keep(now)
     }
 
+    /// How many chunks are held.
+    #[cfg(test)]
+    pub(super) fn count(&self) -> usize {
+        lock(&self.0).held.len()
+    }
+
     /// Holds a chunk; returns those that have to go for it.
     fn add(&self, held: Held) -> Vec<Held> {
         let mut state = lock(&self.0);
@@ -127,6 +133,12 @@ impl Held {
         };
         here && state.generation == self.generation
     }
+
+    /// Whether nobody can ask for it: no image brings the object, and nobody has it open.
+    fn is_orphan(&self) -> bool {
+        let state = lock(&self.object.state);
+        state.opens == 0 && state.source().is_none()
+    }
 }
 
 impl Engine {
@@ -160,6 +172,8 @@ impl Engine {
                     self.shelf.kept();
                     self.landed(&held.object, held.chunk, held.generation, last, &backing);
                 }
+                // The images that could use it are gone.
+                Ok(None) if held.is_orphan() => self.let_go(&held),
                 Ok(None) => return self.shelf.put_back(held),
                 Err(error) if is_false(&error) => self.falsified(&held.object, held.generation),
                 Err(error) => {

@@ -368,6 +368,24 @@ fn holes_of_a_pending_file_are_zeros() {
     assert!(state.false_lists.is_empty() && matches!(state.backing, Backing::Pending));
 }
 
+#[test]
+fn chunks_in_memory_go_with_the_images_that_could_use_them() {
+    let bench = Bench::new();
+    let (bytes, digest, chunks) = file(8);
+    let (layer, object) = bench.register(digest, chunks);
+    let Claimed::Fetch(claim) = bench.engine.claim(&layer, Position { file: 0, chunk: 0 }) else {
+        panic!("the chunk is not missing");
+    };
+    // The store has no place for the object.
+    bench.engine.shelf.failed(Instant::now());
+    lock(&object.state).backing = Backing::Unkept;
+    claim.deliver(bytes[..CHUNK].to_vec());
+    assert_eq!(bench.engine.shelf.count(), 1);
+    object.remove_image(1);
+    eventually("it is let go", || bench.engine.shelf.count() == 0);
+    eventually("all of it", || lock(&object.state).flights.is_empty());
+}
+
 /// Spoils what is in `pending/`, as a disk does that did not take the pages.
 fn lose_pending(engine: &Engine) {
     for entry in std::fs::read_dir(engine.store.root().join("pending")).unwrap() {
