@@ -51,8 +51,35 @@ pub(crate) struct Marker {
     path: PathBuf,
     boot_id: String,
     mount: Option<u64>,
-    /// What the file says, as far as this process knows; `None` when its content is unknown.
-    file: Mutex<Option<Mark>>,
+    known: Mutex<Known>,
+}
+
+/// What this process knows of the file.
+#[derive(Debug, Default)]
+struct Known {
+    /// What it says; `None` when its content is unknown.
+    file: Option<Mark>,
+    /// What it should say and may not, because a write of it has failed: the next one says it.
+    owed: Option<Owed>,
+}
+
+/// What a dirty marker must not forget.
+#[derive(Debug, Clone, Copy)]
+struct Owed {
+    checkpoint: i64,
+    failed: bool,
+}
+
+impl Known {
+    /// What the next dirty marker has to say, whatever else it says.
+    fn owed(&self) -> Option<Owed> {
+        let of = |mark: &Mark| Owed {
+            checkpoint: mark.checkpoint,
+            failed: mark.failed,
+        };
+        self.owed
+            .or_else(|| self.file.as_ref().filter(|mark| !mark.clean).map(of))
+    }
 }
 
 impl Marker {
@@ -63,13 +90,13 @@ impl Marker {
             path: root.join("marker"),
             boot_id: boot_id.trim().to_owned(),
             mount: mount_of(root_fd),
-            file: Mutex::new(None),
+            known: Mutex::default(),
         })
     }
 
-    fn file(&self) -> MutexGuard<'_, Option<Mark>> {
-        // A write begins by forgetting what the file says.
-        self.file.lock().unwrap_or_else(PoisonError::into_inner)
+    fn known(&self) -> MutexGuard<'_, Known> {
+        // A write begins by noting what it owes.
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// What the file says; `None` when there is none that makes sense.
@@ -99,64 +126,80 @@ impl Marker {
 
     /// Takes over what the file says.
     pub(crate) fn adopt(&self, mark: Mark) {
-        *self.file() = Some(mark);
+        *self.known() = Known {
+            file: Some(mark),
+            owed: None,
+        };
+    }
+
+    /// The next marker that is written says no later checkpoint, unless it is a clean one.
+    pub(crate) fn owe(&self, checkpoint: i64) {
+        let failed = false;
+        self.known().owed = Some(Owed { checkpoint, failed });
     }
 
     /// Whether the file says clean.
     pub(crate) fn is_clean(&self) -> bool {
-        self.file().as_ref().is_some_and(|mark| mark.clean)
+        self.known().file.as_ref().is_some_and(|mark| mark.clean)
     }
 
     /// Announces that objects get their names: the file is dirty afterwards.
     pub(crate) fn begin(&self) -> Result<(), Error> {
         let now = now();
-        let mut file = self.file();
+        let mut known = self.known();
         // A clock that was set back takes the checkpoint along. Half of the slack is left for the file
         // system's coarser clock.
         let marked = |mark: &Mark| !mark.clean && now >= mark.checkpoint.saturating_sub(SLACK / 2);
-        match &*file {
-            Some(mark) if marked(mark) => Ok(()),
-            mark => {
-                let failed = mark.as_ref().is_some_and(|mark| mark.failed);
-                self.write(&mut file, false, now, failed)
-            }
+        if known.file.as_ref().is_some_and(marked) {
+            return Ok(());
         }
+        let failed = known.file.as_ref().is_some_and(|mark| mark.failed);
+        self.write(&mut known, false, now, failed)
     }
 
-    /// Writes that a sync has failed, unless the file is clean: then nothing was named since the sync before.
+    /// Writes that a sync has failed, unless the file is clean: then nothing was named since the sync before. Where nothing is known of
+    /// a checkpoint, there was none.
     pub(crate) fn note_failure(&self) -> Result<(), Error> {
-        let mut file = self.file();
-        match file
-            .as_ref()
-            .filter(|mark| !mark.clean)
-            .map(|mark| mark.checkpoint)
-        {
-            Some(checkpoint) => self.write(&mut file, false, checkpoint, true),
-            None => Ok(()),
+        let mut known = self.known();
+        if known.file.as_ref().is_some_and(|mark| mark.clean) {
+            return Ok(());
         }
+        let checkpoint = known.owed().map_or(i64::MIN, |owed| owed.checkpoint);
+        self.write(&mut known, false, checkpoint, true)
     }
 
     /// Everything that was named before that time is on the disk. Without `clean` a sync has failed in this
     /// process, and the checkpoint stays what it was.
     pub(crate) fn checkpoint(&self, clean: bool, time: i64) -> Result<(), Error> {
-        let mut file = self.file();
+        let mut known = self.known();
         if clean {
-            return self.write(&mut file, true, time, false);
+            return self.write(&mut known, true, time, false);
         }
-        let checkpoint = file.as_ref().map_or(i64::MIN, |mark| mark.checkpoint);
-        self.write(&mut file, false, checkpoint, true)
+        let written = known.file.as_ref().map(|mark| mark.checkpoint);
+        let owed = known.owed().map(|owed| owed.checkpoint);
+        let checkpoint = written.or(owed).unwrap_or(i64::MIN);
+        self.write(&mut known, false, checkpoint, true)
     }
 
     /// Writes the file durably. On an error its content is unknown: the next name in the store has it written
-    /// again.
+    /// again, with the earliest checkpoint and the failure that it should have told of by then.
     fn write(
         &self,
-        file: &mut Option<Mark>,
+        known: &mut Known,
         clean: bool,
-        checkpoint: i64,
-        failed: bool,
+        mut checkpoint: i64,
+        mut failed: bool,
     ) -> Result<(), Error> {
-        *file = None;
+        if let Some(owed) = known.owed.filter(|_| !clean) {
+            checkpoint = checkpoint.min(owed.checkpoint);
+            failed |= owed.failed;
+        }
+        known.owed = if clean {
+            known.owed()
+        } else {
+            Some(Owed { checkpoint, failed })
+        };
+        known.file = None;
         let mark = Mark {
             boot_id: self.boot_id.clone(),
             clean,
@@ -183,7 +226,10 @@ impl Marker {
         File::open(directory)
             .and_then(|directory| directory.sync_all())
             .context("sync", directory)?;
-        *file = Some(mark);
+        *known = Known {
+            file: Some(mark),
+            owed: None,
+        };
         Ok(())
     }
 }

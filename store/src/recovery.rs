@@ -160,6 +160,7 @@ impl Store {
                 Ok(()) => marker.checkpoint(true, before)?,
                 Err(error) => {
                     tracing::error!(%error, "the disk of the store has errors; what it does not take is not kept");
+                    marker.owe(checkpoint);
                     self.note_failure(&mut self.turn());
                 }
             }

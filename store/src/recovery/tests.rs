@@ -246,3 +246,43 @@ fn a_store_is_not_clean_after_a_sync_that_failed() {
     assert!(test.store.has_object(&first) && !test.store.has_object(&second));
     assert!(mark(&test.store).unwrap().clean);
 }
+
+#[test]
+fn a_failure_that_could_not_be_noted_is_in_the_next_marker() {
+    let test = TestStore::new();
+    let first = add(&test.store, 1);
+    let before = mark(&test.store).unwrap();
+    // No marker can be written where its new file would stand.
+    let obstacle = test.store.root().join("marker.new");
+    fs::create_dir(&obstacle).unwrap();
+    let content = noise(3000, 2);
+    test.store.add_verified(&Digest::of(&content), &content).unwrap();
+    test.store.inner.failures.store(1, Ordering::SeqCst);
+    assert!(test.store.settle().is_err());
+    assert_eq!(mark(&test.store), Some(before.clone()), "it could not be written");
+    let content = noise(3000, 3);
+    test.store.add_verified(&Digest::of(&content), &content).unwrap();
+    assert!(test.store.settle().is_err(), "nothing is named without a marker");
+    fs::remove_dir(&obstacle).unwrap();
+    add(&test.store, 4);
+    let after = mark(&test.store).unwrap();
+    assert!(!after.clean && after.failed, "{after:?}");
+    assert_eq!(after.checkpoint, before.checkpoint, "the earliest counts");
+    cut(&test.store, &first);
+    let test = test.reopen();
+    assert!(!test.store.has_object(&first), "the next process looks");
+}
+
+#[test]
+fn a_failure_is_noted_where_there_was_no_marker() {
+    let test = TestStore::new();
+    test.store.inner.failures.store(1, Ordering::SeqCst);
+    assert!(test.store.settle().is_err());
+    let after = mark(&test.store).unwrap();
+    assert!(!after.clean && after.failed, "{after:?}");
+    assert_eq!(after.checkpoint, i64::MIN);
+    let digest = add(&test.store, 1);
+    let test = test.reopen();
+    assert!(test.store.has_object(&digest));
+    assert!(mark(&test.store).unwrap().clean);
+}
