@@ -295,10 +295,7 @@ impl PartialObject {
         }
         let (data_path, map_path) = self.store.partial_paths(&self.digest);
         let found = self.hash(0, self.size)?;
-        if found != self.digest {
-            if self.find_lost()? {
-                return Err(Error::Lost(self.digest));
-            }
+        if found != self.digest && !self.is_whole_after_all()? {
             // The files go before the phase changes: afterwards a new object of the same name may make its own.
             remove_quietly(&map_path);
             remove_quietly(&data_path);
@@ -323,6 +320,15 @@ impl PartialObject {
         }
         remove_quietly(&map_path);
         Ok(())
+    }
+
+    /// The whole had another digest: looks for lost chunks ([`Error::Lost`]). If there are none, hashes the whole again: one that was lost
+    /// when it was hashed may have been brought anew since. True if it is right now.
+    fn is_whole_after_all(&self) -> Result<bool, Error> {
+        if self.find_lost()? {
+            return Err(Error::Lost(self.digest));
+        }
+        Ok(self.hash(0, self.size)? == self.digest)
     }
 
     /// Whether chunks that were verified are wrong now: those are Missing afterwards. Takes as long as

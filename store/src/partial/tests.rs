@@ -181,6 +181,28 @@ fn chunks_that_the_disk_lost_are_missing_again() {
 }
 
 #[test]
+fn a_chunk_that_was_brought_anew_is_no_lie() {
+    let test = TestStore::new();
+    let sample = Sample::new(&[3000; 3], &[], 13);
+    let partial = sample.open(&test.store).unwrap();
+    for index in 0..3 {
+        partial.write(index, sample.part(index)).unwrap();
+    }
+    // As after a hash of the whole that met a lost chunk, which is right again.
+    assert!(partial.is_whole_after_all().unwrap());
+    let lying = Sample {
+        digest: Digest::of(b"another file"),
+        ..Sample::new(&[3000; 3], &[], 13)
+    };
+    let partial = lying.open(&test.store).unwrap();
+    for index in 0..3 {
+        partial.write(index, lying.part(index)).unwrap();
+    }
+    assert!(!partial.is_whole_after_all().unwrap());
+    assert!(matches!(partial.complete(), Err(Error::DigestMismatch { .. })));
+}
+
+#[test]
 fn a_list_of_zeros_needs_nothing() {
     let test = TestStore::new();
     let sample = Sample::new(&[4096, 100_000], &[0, 1], 3);
