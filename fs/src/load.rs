@@ -432,10 +432,18 @@ fn build(
         .map(|layer| (layer.index, (layer.key, layer.lazy)))
         .unzip();
     let erofs = thread::scope(|scope| {
-        let merged = scope.spawn(|| -> Result<PathBuf, Error> {
+        let merge = || -> Result<PathBuf, Error> {
             let store = &job.shared.engine.store;
             put_tree(store, &job.image, &record.manifest_digest, &indexes, &digests)
-        });
+        };
+        let name = "peel-tree";
+        let merged = thread::Builder::new()
+            .name(name.to_owned())
+            .spawn_scoped(scope, merge)
+            .map_err(|source| Error::Thread {
+                name: name.to_owned(),
+                source,
+            })?;
         let blobs = rest.iter().map(|(_, blob)| blob.as_ref());
         register(job, &indexes, blobs, order, early);
         tracing::debug!(image = %job.image, "layers registered");
