@@ -119,6 +119,8 @@ impl Settler {
 struct Retry {
     attempts: usize,
     due: Option<Instant>,
+    /// That the disk fails was said.
+    said: bool,
 }
 
 impl Retry {
@@ -126,6 +128,12 @@ impl Retry {
         let [.., last] = PAUSES;
         self.due = Some(now + PAUSES.get(self.attempts).copied().unwrap_or(last));
         self.attempts += 1;
+    }
+
+    /// Whether a failure has yet to be said; it counts as said then. Attempts may be under way before the first failure: for what an
+    /// earlier process left.
+    fn is_news(&mut self) -> bool {
+        !std::mem::replace(&mut self.said, true)
     }
 }
 
@@ -162,7 +170,7 @@ fn work(store: &Store, woken: &Receiver<()>, stopped: &Receiver<()>) {
         }
         let failed = healed.and(settled);
         if let Err(error) = &failed {
-            if retry.attempts == 0 {
+            if retry.is_news() {
                 tracing::error!(
                     %error,
                     "the disk does not take what was fetched; it is tried again, and nothing of it is read without another check. See that \
@@ -183,5 +191,23 @@ fn work(store: &Store, woken: &Receiver<()>, stopped: &Receiver<()>) {
         if stopped.recv_timeout(rest).is_ok() {
             return;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_first_failure_is_said_also_while_earlier_files_are_tried() {
+        let mut retry = Retry::default();
+        retry.put_off(Instant::now());
+        assert!(retry.is_news() && !retry.is_news());
+        retry.put_off(Instant::now());
+        assert!(!retry.is_news());
+        assert!(
+            Retry::default().is_news(),
+            "once all is well, the next one is news"
+        );
     }
 }
