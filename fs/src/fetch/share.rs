@@ -176,21 +176,29 @@ impl Room {
 
     /// Grants what can be granted.
     fn serve(room: &Arc<Self>) {
-        let mut granted = Vec::new();
-        {
-            let mut state = lock(&room.state);
-            while let Some((image, asked)) = state.next(room.of_image) {
-                granted.push((image, asked));
+        let mut is_more = true;
+        while is_more {
+            is_more = false;
+            let mut granted = Vec::new();
+            {
+                let mut state = lock(&room.state);
+                while let Some((image, asked)) = state.next(room.of_image) {
+                    granted.push((image, asked));
+                }
             }
-        }
-        // Not under the lock: who does not wait any more gives it back at once.
-        for (image, asked) in granted {
-            let grant = Grant {
-                room: Arc::clone(room),
-                image,
-                units: asked.units,
-            };
-            drop(asked.grant.send(grant));
+            // Not under the lock: a grant that is taken may be dropped at once.
+            for (image, asked) in granted {
+                let grant = Grant {
+                    room: Arc::clone(room),
+                    image,
+                    units: asked.units,
+                };
+                if let Err(mut grant) = asked.grant.send(grant) {
+                    // Nobody waits for it any more. Dropping it would call this function once for each such request.
+                    grant.give_back();
+                    is_more = true;
+                }
+            }
         }
     }
 }
@@ -233,19 +241,28 @@ impl State {
     }
 }
 
-impl Drop for Grant {
-    fn drop(&mut self) {
-        {
-            let mut state = lock(&self.room.state);
-            state.free += self.units;
-            if let Some(of) = state.images.get_mut(&self.image) {
-                of.held = of.held.saturating_sub(self.units);
-                if of.held == 0 && of.waiting.is_empty() {
-                    state.images.remove(&self.image);
-                }
+impl Grant {
+    /// Gives the units back, without serving others.
+    fn give_back(&mut self) {
+        let units = std::mem::take(&mut self.units);
+        let mut state = lock(&self.room.state);
+        state.free += units;
+        if let Some(of) = state.images.get_mut(&self.image) {
+            of.held = of.held.saturating_sub(units);
+            if of.held == 0 && of.waiting.is_empty() {
+                state.images.remove(&self.image);
             }
         }
-        Room::serve(&self.room);
+    }
+}
+
+impl Drop for Grant {
+    fn drop(&mut self) {
+        // One without units was given back.
+        if self.units > 0 {
+            self.give_back();
+            Room::serve(&self.room);
+        }
     }
 }
 
@@ -334,6 +351,20 @@ mod tests {
             poll(&mut ask(&room, 3, 100)).is_some(),
             "no more than it may have"
         );
+    }
+
+    #[test]
+    fn any_number_of_requests_may_be_cancelled() {
+        let room = Arc::new(Room::new(1, 1));
+        let mut first = ask(&room, 1, 1);
+        let first = poll(&mut first).unwrap();
+        let cancelled: Vec<_> = (0..50_000).map(|_| ask(&room, 2, 1)).collect();
+        let mut last = ask(&room, 2, 1);
+        drop(cancelled);
+        drop(first);
+        assert!(poll(&mut last).is_some());
+        assert_eq!(room.free(), 1);
+        assert!(lock(&room.state).images.is_empty());
     }
 
     #[test]
