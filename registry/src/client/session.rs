@@ -383,7 +383,8 @@ impl Session {
         stalled: impl Future<Output = ()>,
     ) -> Result<Response, Fault> {
         self.unpaused(url, call.what)?;
-        let authorization = match self.is_home(url) {
+        let is_home = self.is_home(url);
+        let authorization = match is_home {
             true => self.authorization(call).await?,
             false => None,
         };
@@ -400,7 +401,8 @@ impl Session {
             response = request.send() => response.map_err(|error| self.broken(call.what, error))?,
             () = stalled => return Err(self.silent(call.what)),
         };
-        if response.status() != StatusCode::UNAUTHORIZED {
+        // What another host asks for would be asked of the registry from then on, passwords included.
+        if !is_home || response.status() != StatusCode::UNAUTHORIZED {
             return self.usable(call, response).await;
         }
         if let Some(header) = &authorization {

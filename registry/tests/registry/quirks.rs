@@ -7,8 +7,9 @@ use std::sync::{Arc, Mutex};
 use axum::body::Body;
 use axum::response::Response;
 use peel_image::{Digest, media};
-use peel_registry::{Error, Upload};
+use peel_registry::{Error, ImageName, Target, Upload};
 
+use crate::auth::with_password;
 use crate::fake::{Fake, Seen, cut, data, descriptor, document, options, partial, serve, status, with};
 use crate::upload::{methods, registry, target};
 
@@ -286,6 +287,45 @@ async fn other_hosts_get_the_body_and_no_credentials() {
             .unwrap()
     );
     assert_eq!(*stored.lock().unwrap(), content);
+}
+
+#[tokio::test]
+async fn other_hosts_cannot_ask_for_the_password() {
+    for code in [202, 307] {
+        let storage = Fake::start(move |seen| match seen.path.starts_with("/token") {
+            true => document("application/json", br#"{"token":"t"}"#),
+            false => {
+                let host = seen.header("host").unwrap();
+                let challenge = format!("Bearer realm=\"http://{host}/token\",service=\"s\"");
+                with(status(401), "www-authenticate", &challenge)
+            }
+        })
+        .await;
+        let location = format!("http://{}/put", storage.address);
+        let fake = Fake::start(move |seen| match seen.method.as_str() {
+            "HEAD" => status(404),
+            "POST" if code == 202 => with(status(202), "location", &location),
+            "POST" => with(status(202), "location", "/upload/1"),
+            _ => with(status(code), "location", &location),
+        })
+        .await;
+        let file = with_password(&fake.address, options());
+        let name: ImageName = format!("{}/app", fake.address).parse().unwrap();
+        let target = Target::open(&name, &file.options).await.unwrap();
+        let content = data(1000);
+        let digest = Digest::of(&content);
+        let upload = Upload::Bytes(content.into());
+        let error = target.push_blob(digest, 1000, upload).await.unwrap_err();
+        assert!(error.to_string().contains("HTTP 401"), "{code}: {error}");
+        // Nor later.
+        assert!(!target.has_blob(&digest, 1000).await.unwrap());
+        let seen = storage.seen();
+        assert!(!seen.is_empty());
+        for request in seen {
+            assert!(request.path.starts_with("/put"), "{code}: {}", request.path);
+            assert_eq!(request.header("authorization"), None, "{code}");
+        }
+    }
 }
 
 #[tokio::test]
