@@ -371,11 +371,11 @@ impl State {
                 memory.push((chunk.file_offset, Arc::clone(bytes)));
             }
         }
-        Some(Snapshot::new(&self.backing, memory, holes))
+        Some(Snapshot::new(&self.backing, memory, holes).doubt_holes(!self.is_proven()))
     }
 
     /// Where in the file the chunk is, if it is a run of zeros in a pending object of several chunks: it is here by the word of the
-    /// list in use, as in a partial object.
+    /// list in use, as in a partial object. But nobody hashes the whole by a list that did not bring it: then the file is looked at.
     fn pending_hole(&self, chunk: u32) -> Option<Range<u64>> {
         let (Backing::Pending, Some(list @ ListId::Several(_))) = (&self.backing, self.list) else {
             return None;

@@ -133,16 +133,21 @@ impl Store {
         files.remove(digest);
     }
 
+    /// Opens a pending file, or the object if the file has become one; `None` when there is neither. What is read from a pending file
+    /// may be wrong.
+    pub fn open_pending(&self, digest: &Digest) -> Result<Option<File>, Error> {
+        let path = self.pending_path(digest);
+        match File::open(&path) {
+            Ok(file) => Ok(Some(file)),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => self.open_object(digest),
+            Err(error) => Err(error).context("open", &path),
+        }
+    }
+
     /// Reads a chunk of a pending file and hashes what was read. Takes as long as hashing the chunk, or the
     /// whole file if the chunk is wrong. Finds an object too, if the file has become one.
     pub fn read_pending(&self, digest: &Digest, chunk: &Chunk) -> Result<Checked, Error> {
-        let path = self.pending_path(digest);
-        let opened = match File::open(&path) {
-            Ok(file) => Some(file),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => self.open_object(digest)?,
-            Err(error) => return Err(error).context("open", &path),
-        };
-        let Some(mut file) = opened else {
+        let Some(mut file) = self.open_pending(digest)? else {
             self.inner.pending.forget(digest);
             return Ok(Checked::Lost);
         };

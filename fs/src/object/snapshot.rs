@@ -22,6 +22,8 @@ pub(crate) struct Snapshot {
     memory: Vec<(u64, Arc<Vec<u8>>)>,
     /// Ranges of a pending object that are zeros, ascending.
     holes: Vec<Range<u64>>,
+    /// They are so only by the word of a list that did not bring the object.
+    doubted: bool,
 }
 
 impl Snapshot {
@@ -32,7 +34,14 @@ impl Snapshot {
             backing: backing.clone(),
             memory,
             holes,
+            doubted: false,
         }
+    }
+
+    /// With `doubted`, a hole is answered only if the file has zeros there.
+    pub(super) fn doubt_holes(mut self, doubted: bool) -> Self {
+        self.doubted = doubted;
+        self
     }
 
     /// Of an object that is complete.
@@ -65,7 +74,11 @@ impl Snapshot {
             }
             let until = |end: u64| usize::try_from(end - at).map_or(left, |run| run.min(left));
             if let Some(hole) = self.holes.iter().find(|hole| hole.contains(&at)) {
-                bytes.resize(bytes.len() + until(hole.end), 0);
+                let run = until(hole.end);
+                if self.doubted {
+                    check_hole(store, digest, at, run)?;
+                }
+                bytes.resize(bytes.len() + run, 0);
                 continue;
             }
             let memory = self.memory.iter().map(|(start, _)| *start);
@@ -116,4 +129,18 @@ impl Snapshot {
             }
         }
     }
+}
+
+/// An error if a pending file has something else than zeros in that range.
+fn check_hole(store: &Store, digest: &Digest, at: u64, run: usize) -> io::Result<()> {
+    let file = store.open_pending(digest).map_err(io::Error::other)?;
+    let mut found = vec![0; run];
+    file.ok_or(io::ErrorKind::NotFound)?
+        .read_exact_at(&mut found, at)?;
+    if found.iter().any(|byte| *byte != 0) {
+        return Err(io::Error::other(
+            "the table of contents calls a part of this file a run of zeros, which it is not",
+        ));
+    }
+    Ok(())
 }

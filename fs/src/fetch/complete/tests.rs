@@ -369,6 +369,27 @@ fn holes_of_a_pending_file_are_zeros() {
 }
 
 #[test]
+fn a_list_that_did_not_bring_the_file_cannot_make_zeros_of_it() {
+    for honest in [true, false] {
+        let bench = Bench::new();
+        // No sync from here on: nothing becomes an object.
+        bench.settler.stop();
+        let (mut bytes, _, mut chunks) = file(9);
+        let hole = (CHUNKS - 1) * CHUNK;
+        if honest {
+            bytes[hole..].fill(0);
+        }
+        chunks[CHUNKS - 1].source = ChunkSource::Zeros;
+        chunks[CHUNKS - 1].digest = Digest::of_zeros(CHUNK as u64);
+        let digest = Digest::of(&bytes);
+        bench.engine.store.add_verified(&digest, &bytes).unwrap();
+        let (_, object) = bench.register(digest, chunks);
+        let answer = bench.read_at(&object, hole).recv_timeout(PATIENCE).unwrap();
+        assert_eq!(answer, if honest { Ok(vec![0; 100]) } else { Err(Errno::IO) });
+    }
+}
+
+#[test]
 fn chunks_in_memory_go_with_the_images_that_could_use_them() {
     let bench = Bench::new();
     let (bytes, digest, chunks) = file(8);
