@@ -7,7 +7,7 @@ use std::collections::HashSet;
 
 use peel_image::layer::{Entry, EntryKind, LayerIndex};
 use peel_image::path::EntryPath;
-use peel_image::tree::{FileRef, InodeKind, Tree};
+use peel_image::tree::{FileRef, InodeKind, Paths, Tree};
 
 use super::patterns::Pattern;
 
@@ -85,7 +85,7 @@ impl Plan {
 /// The layers with an entry below what is a symbolic link in a lower layer. Tools that unpack all layers into one tree put it
 /// where that link leads, and there the order of such a layer decides which of two entries stays.
 fn fixed(layers: &[LayerIndex]) -> HashSet<usize> {
-    let mut links: HashSet<&[u8]> = HashSet::new();
+    let mut links = Paths::default();
     let mut fixed = HashSet::new();
     for (number, layer) in layers.iter().enumerate() {
         let mut parent: &[u8] = b"";
@@ -96,10 +96,10 @@ fn fixed(layers: &[LayerIndex]) -> HashSet<usize> {
             };
             let above = entry.path.parent_and_name().map_or(&b""[..], |(above, _)| above);
             let is_new = std::mem::replace(&mut parent, above) != above;
-            if is_new && leads_through(above, &links)
+            if is_new && links.lead_to(above)
                 || target
                     .and_then(EntryPath::parent_and_name)
-                    .is_some_and(|(above, _)| leads_through(above, &links))
+                    .is_some_and(|(above, _)| links.lead_to(above))
             {
                 fixed.insert(number);
                 break;
@@ -112,14 +112,6 @@ fn fixed(layers: &[LayerIndex]) -> HashSet<usize> {
         links.extend(symlinks.map(|entry| entry.path.as_bytes()));
     }
     fixed
-}
-
-/// Whether a clean path or one above it is among `links`.
-fn leads_through(path: &[u8], links: &HashSet<&[u8]>) -> bool {
-    let slashes = path.iter().enumerate().filter(|(_, byte)| **byte == b'/');
-    let ends = slashes.map(|(at, _)| at).chain([path.len()]);
-    ends.filter_map(|end| path.get(..end))
-        .any(|above| links.contains(above))
 }
 
 fn find<'a>(tree: &'a Tree, path: &EntryPath) -> Option<&'a FileRef> {

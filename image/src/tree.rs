@@ -18,6 +18,7 @@
 //! Differing from containerd, a hard link may also name a file of a lower layer or one that comes later in its own layer, and
 //! eStargz's landmarks and TOC are left out of the root directory.
 
+mod above;
 mod children;
 mod inherit;
 mod merge;
@@ -31,6 +32,7 @@ use crate::layer::{Device, EntryKind, LayerIndex, Metadata, XATTR_COST};
 use crate::path::EntryPath;
 use peel_hash::Digest;
 
+pub use above::Paths;
 pub use walk::{ResolveError, Walk};
 
 /// Most inodes of a tree: as many as [`crate::tar::index::ENTRIES_MAX`].

@@ -4,6 +4,7 @@
 use std::cell::Cell;
 use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 
+use super::above::Paths;
 use super::children::Children;
 use super::inherit::Inherited;
 use super::{
@@ -186,7 +187,7 @@ impl<'a> Merger<'a> {
 
     /// Takes away what the layer's whiteouts and opaque marks hide, before any of its own entries is there.
     fn hide(&mut self, layer: &'a LayerIndex) -> Result<(), TreeError> {
-        let detours = detours(layer, self.layer, self.limits);
+        let detours = detours(layer, self.layer, self.limits)?;
         for (index, entry) in layer.entries.iter().enumerate() {
             let role = self.role(entry)?;
             if !matches!(role, Role::Opaque | Role::Whiteout(_)) {
@@ -383,12 +384,13 @@ impl<'a> Merger<'a> {
         Ok(directory)
     }
 
-    /// The path of a directory.
+    /// The path of a directory. A step for each component.
     fn path_of(&self, directory: u32) -> Vec<u8> {
         let (mut names, mut id) = (Vec::new(), directory);
         while id != ROOT
             && let Some(Kind::Directory(directory)) = self.node(id).map(|node| &node.kind)
         {
+            self.count_step();
             names.push(directory.name);
             id = directory.parent;
         }
@@ -676,8 +678,9 @@ impl<'a> Merger<'a> {
     }
 }
 
-/// Where the whiteouts and opaque marks lie that lead through symbolic links of their layer: their directories, by index.
-fn detours(layer: &LayerIndex, number: u32, limits: Limits) -> HashMap<usize, Vec<u8>> {
+/// Where the whiteouts and opaque marks lie that lead through symbolic links of their layer: their directories, by index. The error is
+/// that the layer is too large.
+fn detours(layer: &LayerIndex, number: u32, limits: Limits) -> Result<HashMap<usize, Vec<u8>>, TreeError> {
     let is_mark = |entry: &Entry| {
         matches!(
             special(entry.path.as_bytes()),
@@ -685,18 +688,17 @@ fn detours(layer: &LayerIndex, number: u32, limits: Limits) -> HashMap<usize, Ve
         )
     };
     let is_symlink = |entry: &&Entry| matches!(entry.kind, EntryKind::Symlink(_));
-    let links: HashSet<&[u8]> = layer
-        .entries
-        .iter()
-        .filter(is_symlink)
-        .map(|entry| entry.path.as_bytes())
-        .collect();
+    let mut links = Paths::default();
+    links.extend(
+        layer
+            .entries
+            .iter()
+            .filter(is_symlink)
+            .map(|entry| entry.path.as_bytes()),
+    );
     let leads_through = |entry: &Entry| {
-        let path = entry.path.as_bytes();
-        let slashes = path.iter().enumerate().filter(|(_, byte)| **byte == b'/');
-        slashes
-            .filter_map(|(at, _)| path.get(..at))
-            .any(|above| links.contains(above))
+        let above = entry.path.parent_and_name();
+        above.is_some_and(|(above, _)| links.lead_to(above))
     };
     let mut found = HashMap::new();
     let last = layer
@@ -704,12 +706,14 @@ fn detours(layer: &LayerIndex, number: u32, limits: Limits) -> HashMap<usize, Ve
         .iter()
         .rposition(|entry| !links.is_empty() && is_mark(entry) && leads_through(entry));
     let Some(last) = last else {
-        return found;
+        return Ok(found);
     };
-    // By itself a layer tells where its links led at that time. What is wrong with it will be found once more.
+    // By itself a layer tells where its links led at that time. What is wrong with it will be found once more, but not that it is too
+    // large: lower layers may have the directories that are made here.
     let mut alone = Merger::new(limits);
     alone.layer = number;
     for (index, entry) in layer.entries.iter().enumerate().take(last + 1) {
+        alone.check_steps()?;
         let outcome = match entry.path.parent_and_name() {
             Some((directory, name)) if is_mark(entry) => {
                 let parent = alone.parent(entry, directory, name);
@@ -721,11 +725,13 @@ fn detours(layer: &LayerIndex, number: u32, limits: Limits) -> HashMap<usize, Ve
             }
             _ => alone.apply(u32::try_from(index).unwrap_or(u32::MAX), entry),
         };
-        if outcome.is_err() {
-            break;
+        match outcome {
+            Ok(()) => {}
+            Err(error) if error.is_limit() => return Err(error),
+            Err(_) => break,
         }
     }
-    found
+    Ok(found)
 }
 
 /// The inode of a node, without the names that it has.

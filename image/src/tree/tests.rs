@@ -508,6 +508,17 @@ fn what_layers_imply_has_limits() {
         TreeError::TooLarge { layer: 0 }
     );
 
+    // Where a whiteout leads by way of a symbolic link is found without the lower layers.
+    let lower = "d a, d b, d c, d d, d e, d f, f f/x 1";
+    let upper = |last: char| {
+        let files: Vec<String> = ('a'..=last).map(|name| format!("f {name}/d/y 2")).collect();
+        format!("{}, s s f, f s/.wh.x 0", files.join(", "))
+    };
+    let tree = texts(&[lower, &upper('d')]).unwrap();
+    assert_eq!(tree.lookup(&path("f/x")), None);
+    let error = texts(&[lower, &upper('e')]).unwrap_err();
+    assert_eq!(error, TreeError::TooManyImplied { layer: 1, limit: 10 });
+
     // Paths that are long only by way of symbolic links.
     let long = format!("s s {}", "./".repeat(500));
     for line in ["f s/x 1", "h l s/x"] {
