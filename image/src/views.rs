@@ -40,7 +40,7 @@ pub fn compare(toc: &LayerIndex, tar: &LayerIndex) -> Result<(), Difference> {
         .iter()
         .any(|entry| entry.metadata.mtime_nanoseconds != 0);
     let listed: Vec<&Entry> = toc.entries.iter().collect();
-    let reserved: Vec<&EntryPath> = listed
+    let reserved: BTreeSet<&EntryPath> = listed
         .iter()
         .map(|entry| &entry.path)
         .filter(|path| is_reserved(path.as_bytes()))
@@ -49,7 +49,7 @@ pub fn compare(toc: &LayerIndex, tar: &LayerIndex) -> Result<(), Difference> {
     let unpacked: Vec<&Entry> = tar
         .entries
         .iter()
-        .filter(|entry| !is_reserved(entry.path.as_bytes()) || reserved.contains(&&entry.path))
+        .filter(|entry| !is_reserved(entry.path.as_bytes()) || reserved.contains(&entry.path))
         .collect();
     match (Views { fine }).compare(&listed, &unpacked) {
         Some(outcome) => outcome,
