@@ -21,6 +21,7 @@
 //! No path may occur twice, and none lead through a symbolic link of the layer: [`super::normal`] sees to that.
 
 use std::collections::{HashMap, HashSet};
+use std::rc::Rc;
 
 use super::seen::{is_within, parent_of};
 use peel_image::estargz::is_reserved;
@@ -88,6 +89,7 @@ pub fn sort<P: AsRef<[u8]>>(names: &Names, prioritized: &[P], orphans: Orphans) 
         has_marks: false,
         early_links: HashMap::new(),
         sisters: HashMap::new(),
+        stuck: HashMap::new(),
         states: Vec::new(),
         moved: Vec::new(),
     };
@@ -133,6 +135,8 @@ struct Mover<'a> {
     early_links: HashMap<usize, Vec<usize>>,
     /// The link before each hard link that leads to the same file, of files that not all links describe alike.
     sisters: HashMap<usize, usize>,
+    /// What cannot move, and the path that is in its way: to find that out may have taken a look at every entry.
+    stuck: HashMap<usize, Rc<EntryPath>>,
     states: Vec<State>,
     moved: Vec<usize>,
 }
@@ -223,7 +227,7 @@ impl Mover<'_> {
             return if path.is_root() { Ok(()) } else { Err(path.clone()) };
         };
         let mut steps = vec![Step::Visit(index)];
-        let mut outcome = Ok(());
+        let mut in_the_way = None;
         let mut needed = Vec::new();
         // Targets behind their links: only what comes before an entry in the input is brought before it.
         let mut later = Vec::new();
@@ -231,13 +235,17 @@ impl Mover<'_> {
             match step {
                 Step::Visit(index) if self.state(index) != State::Waiting => {}
                 Step::Visit(index) => {
+                    if let Some(known) = self.stuck.get(&index) {
+                        in_the_way = Some(Rc::clone(known));
+                        break;
+                    }
                     self.set(index, State::Open);
                     needed.clear();
                     let target = match self.needs(index, &mut needed) {
                         Ok(target) => target,
                         Err(path) => {
-                            self.set(index, State::Waiting);
-                            outcome = Err(absent(&path));
+                            in_the_way = Some(Rc::new(absent(&path)));
+                            steps.push(Step::Fail(index));
                             break;
                         }
                     };
@@ -251,11 +259,12 @@ impl Mover<'_> {
                     steps.extend(needed.drain(..).rev().map(Step::Visit));
                 }
                 Step::Fail(index) => {
-                    self.set(index, State::Waiting);
-                    let Kind::Hardlink(target) = self.names.kind(index) else {
-                        continue;
+                    let target = match self.names.kind(index) {
+                        Kind::Hardlink(target) => target,
+                        _ => &[],
                     };
-                    outcome = Err(absent(target));
+                    in_the_way = Some(Rc::new(absent(target)));
+                    steps.push(step);
                     break;
                 }
                 Step::Move(index) => {
@@ -264,13 +273,17 @@ impl Mover<'_> {
                 }
             }
         }
-        // What was waiting for the absent path stays where it was, and may be asked for again.
+        let Some(in_the_way) = in_the_way else {
+            return Ok(());
+        };
+        // What was waiting for that path stays where it was, whoever asks for it again.
         for step in steps {
             if let Step::Move(index) | Step::Fail(index) = step {
                 self.set(index, State::Waiting);
+                self.stuck.insert(index, Rc::clone(&in_the_way));
             }
         }
-        outcome
+        Err(EntryPath::clone(&in_the_way))
     }
 
     /// The entries that must stand before one, in their order, and what is to be known of the target of a hard link. The error is
@@ -611,6 +624,11 @@ mod tests {
         let (order, missing) = sorted(&format!("{input} d/ d/b"), &["d/b", "x"]);
         assert!(order.starts_with("x | d/0 d/1"), "{order}");
         assert_eq!(missing, ["d/b: /d"]);
+        // Asked for again, by itself, and by another path.
+        let prioritized = ["d/b", "d/e/f", "d/b", "d", "x"];
+        let (order, missing) = sorted(&format!("{input} d/ d/b d/e/ d/e/f"), &prioritized);
+        assert!(order.starts_with("x | d/0 d/1"), "{order}");
+        assert_eq!(missing, ["d/b: /d", "d/e/f: /d", "d/b: /d", "d: /d"]);
     }
 
     #[test]
