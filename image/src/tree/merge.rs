@@ -687,7 +687,8 @@ fn detours(layer: &LayerIndex, number: u32, limits: Limits) -> Result<HashMap<us
             Special::Opaque | Special::Whiteout(_)
         )
     };
-    let is_symlink = |entry: &&Entry| matches!(entry.kind, EntryKind::Symlink(_));
+    // A hard link may be one to a symbolic link.
+    let is_symlink = |entry: &&Entry| matches!(entry.kind, EntryKind::Symlink(_) | EntryKind::Hardlink(_));
     let mut links = Paths::default();
     links.extend(
         layer

@@ -128,6 +128,10 @@ fn edge_cases() {
         (&["f a 1", "f a/b 2"], "d a, f a/b 1.0"),
         (&["d a @1, f a/b 1", "s a x", "d a @2"], "d a @2"),
         // Whiteouts.
+        (
+            &["f b/x 1", "s c b, h a c, f a/.wh..wh..opq 0"],
+            "s a b x2, d b, s c b x2",
+        ),
         (&["f a 1, f b 1", "f .wh.a -"], "f b 0.1"),
         (&["d a, f a/b 1", "f .wh.a -"], ""),
         (&["d a, f a/b 1, f a/c 1", "f a/.wh.b -"], "d a, f a/c 0.2"),
