@@ -87,6 +87,13 @@ impl Normal {
                 what: "it gives the file that it is a hard link to other metadata, in a layer that names a path twice",
             });
         }
+        // A TOC has only the name, which is another file's by now.
+        if let Some(link) = outcome.severed.first() {
+            return Err(WriteError::Indescribable {
+                entry: String::from_utf8_lossy(names.path(*link)).into_owned(),
+                what: "it is a hard link to a hard link to a file of a lower layer, and that link is replaced later",
+            });
+        }
         let primaries = primaries(&outcome);
         let mut normal = if !rules.keeps_stream && can_be_left_out(&outcome) {
             Self::short(names, &outcome, &primaries)

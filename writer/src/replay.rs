@@ -51,6 +51,8 @@ pub(super) struct Outcome {
     pub(super) has_detours: bool,
     /// Of what shows and was linked to in its layer: the entry that made it, and one that linked to it, for each.
     pub(super) links: Vec<(usize, usize)>,
+    /// Links that show and were made to what was a link to a file of a lower layer, and shows no more.
+    pub(super) severed: Vec<usize>,
 }
 
 /// A name that is there in the end.
@@ -98,6 +100,7 @@ fn run_within(names: &Names, limits: Limits) -> Result<Outcome, Impossible> {
         marks: Vec::new(),
         has_detours: false,
         links: Vec::new(),
+        chains: Vec::new(),
         steps: 0,
         implied: 0,
         limits,
@@ -146,6 +149,8 @@ struct Replay<'a> {
     has_detours: bool,
     /// The node and the entry of each link to something that was there.
     links: Vec<(u32, usize)>,
+    /// The entry of each link whose target is not in the layer, and of one more link to it.
+    chains: Vec<(usize, usize)>,
     /// Components of paths that were looked up so far.
     steps: u64,
     /// Directories so far that have no entry.
@@ -191,7 +196,12 @@ impl<'a> Replay<'a> {
                         self.links.push((id, index));
                         id
                     }
-                    None => self.add(Node::Pending(index))?,
+                    None => {
+                        if let Some(Node::Pending(before)) = found.and_then(|id| self.node(id)) {
+                            self.chains.push((*before, index));
+                        }
+                        self.add(Node::Pending(index))?
+                    }
                 }
             }
             Kind::Symlink(target) => self.add(Node::Symlink(index, target))?,
@@ -366,9 +376,11 @@ impl<'a> Replay<'a> {
             Node::Leaf(made) | Node::Symlink(made, _) => Some((*made, *link)),
             Node::Directory(_) | Node::Pending(_) => None,
         });
-        outcome.links = links
-            .filter(|(made, _)| shown.binary_search(made).is_ok())
-            .collect();
+        let is_shown = |made: &usize| shown.binary_search(made).is_ok();
+        outcome.links = links.filter(|(made, _)| is_shown(made)).collect();
+        let severed = self.chains.iter();
+        let severed = severed.filter(|(before, link)| is_shown(link) && !is_shown(before));
+        outcome.severed = severed.map(|(_, link)| *link).collect();
         for (directory, name, entry) in &self.marks {
             if let Some(path) = paths.get(directory) {
                 let path = room.join(path, name)?;

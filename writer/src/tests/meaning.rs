@@ -234,6 +234,8 @@ fn what_no_tool_unpacks_is_refused_by_name() {
             vec![link("l", "d/x"), file("d", b"1"), dir("d"), file("d/x", b"2")],
             "l",
         ),
+        // By way of a link that is replaced.
+        (vec![link("a", "c"), link("b", "a"), file("a", b"1")], "b"),
     ] {
         let tar = tar_of(&made);
         let outcome = write(
