@@ -349,6 +349,7 @@ fn refusal(names: &Names, impossible: Impossible) -> WriteError {
             index,
             "symbolic links of the same layer lead it in circles or too deep",
         ),
+        Impossible::ToDirectory(index) => (index, "it is a hard link to a directory"),
         Impossible::Root(index) => (index, "it would replace the root directory with something else"),
     };
     WriteError::Impossible {

@@ -83,6 +83,8 @@ pub(super) enum Impossible {
     BelowFile(usize),
     /// It leads through too many symbolic links, or to a path that is too long.
     TooDeep(usize),
+    /// It is a hard link to what is a directory at that time.
+    ToDirectory(usize),
     /// It is not a directory and stands for the root.
     Root(usize),
     /// The layer names more directories than a reader would take, or its paths are too long or lead through too many of them.
@@ -189,6 +191,9 @@ impl<'a> Replay<'a> {
             }
             Kind::Hardlink(target) => {
                 let found = self.find(target);
+                if matches!(found.and_then(|id| self.node(id)), Some(Node::Directory(_))) {
+                    return Err(Impossible::ToDirectory(index));
+                }
                 let linked =
                     found.filter(|id| matches!(self.node(*id), Some(Node::Leaf(_) | Node::Symlink(..))));
                 match linked {

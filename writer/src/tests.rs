@@ -73,7 +73,11 @@ fn possible(made: Vec<Made>) -> Vec<Made> {
                     made.remove(last);
                 }
             }
-            Err(replay::Impossible::BelowFile(index) | replay::Impossible::TooDeep(index)) => {
+            Err(
+                replay::Impossible::BelowFile(index)
+                | replay::Impossible::TooDeep(index)
+                | replay::Impossible::ToDirectory(index),
+            ) => {
                 made.remove(index);
             }
             Err(impossible) => panic!("{impossible:?}"),
