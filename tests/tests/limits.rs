@@ -425,16 +425,19 @@ fn a_chunk_beyond_what_fits_into_memory() {
 #[test]
 fn directories_that_paths_imply() {
     // 130 names of 2,001 components each.
+    let deep = |number: usize| format!("{number:03}/{}x", "d/".repeat(2000));
     let tar = (0..130).fold(Tar::new(), |tar, number| {
-        let name = format!("{number:03}/{}x", "d/".repeat(2000));
-        tar.pax("path", name.as_bytes()).file("short", b"")
+        tar.pax("path", deep(number).as_bytes()).file("short", b"")
     });
     let tar = tar.finish();
-    for (what, layer) in [
-        ("plain", Layer::plain(&tar)),
-        ("esgz", written_of(&tar, ESTARGZ)),
-        ("podman", written_of(&tar, zstd_chunked(Dialect::Podman))),
-    ] {
+    // The writer refuses such a stream, so the names come into the table of contents afterwards.
+    let flat = (0..130).fold(Tar::new(), |tar, number| tar.file(&format!("{number:03}"), b""));
+    let lazy = written_of(&flat.finish(), ESTARGZ).with_contents(|entries| {
+        for number in 0..130 {
+            entry(entries, &format!("{number:03}"))["name"] = json!(deep(number));
+        }
+    });
+    for (what, layer) in [("plain", Layer::plain(&tar)), ("esgz", lazy)] {
         let world = World::new();
         let registry = world.registry();
         let name = push(&registry, "app", what, std::slice::from_ref(&layer));

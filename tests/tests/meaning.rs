@@ -569,8 +569,8 @@ fn judge(case: &Case, unpacked: &Unpacked, taken: &mut BTreeMap<&'static str, us
         *taken.entry(tool).or_default() += 1;
         // Umoci alone leaves out marks below files, and takes what comes of that.
         let is_odd = tool == "umoci" && case.peel.is_err() && case.words.contains(".wh.");
-        // No table of contents can say that, so it may be refused.
-        let may_be = |error: &str| is_odd || error.contains("of a lower layer that is replaced later");
+        // What no table of contents can say may be refused.
+        let may_be = |error: &str| is_odd || error.contains("no table of contents can describe that");
         for (kind, error) in case.refused.iter().filter(|(_, error)| !may_be(error)) {
             wrong.push(format!("{kind}: refused, but {tool} takes the source: {error}"));
         }
