@@ -141,8 +141,9 @@ fn compare(path: &Path, what: &str) -> Vec<Value> {
         let (mut theirs, mut mine) = (theirs.clone(), ours.clone());
         // Python gives global headers to every entry; Go's tools, and so we, do not.
         if theirs["gname"] == "everyone" {
-            theirs["gname"] = "".into();
+            theirs["gname"] = mine["gname"].clone();
         }
+        assert_ne!(mine["gname"], "everyone", "{what}");
         // Python keeps times as floating point numbers.
         let (time, exact) = (theirs["mtime"].take(), mine["mtime"].take());
         let exact = exact[0].as_f64().unwrap() + exact[1].as_f64().unwrap() / 1e9;
