@@ -1,4 +1,4 @@
-//! The `peel` command as a library: the program in `main.rs`, the end-to-end tests and the benchmarks stand on it.
+//! The `peel` command as a library: the program in `main.rs`, the end-to-end tests and the fuzz targets stand on it.
 //!
 //! * [`cli`]: what can be written on a command line; help, completions and man pages come from it.
 //! * [`commands`]: one module per command.
